@@ -1,0 +1,28 @@
+"""The errors a user of maha-megatron can meet. Each message says what to change.
+
+Programmers' mistakes are `assert`s; these are for what a config, a file or a machine brought in.
+"""
+
+
+class MahaError(Exception):
+    """Base of every error that is meant to be read by a user; command lines print it without a traceback."""
+
+
+class ConfigError(MahaError, ValueError):
+    """A configuration that cannot be loaded or run as written."""
+
+
+class DataError(MahaError, ValueError):
+    """A corpus, index or tokenizer that is missing, damaged or does not fit the run."""
+
+
+class CheckpointError(MahaError, RuntimeError):
+    """A checkpoint that is missing, damaged, could not be written or belongs to another model."""
+
+
+class TrainingError(MahaError, RuntimeError):
+    """Training cannot go on safely, for example because the loss is not a number."""
+
+
+class EnvironmentMismatch(MahaError, RuntimeError):
+    """The machine or an installed package does not offer what the run needs."""
