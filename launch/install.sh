@@ -76,6 +76,12 @@ maha_install() {
   echo "installing maha-megatron$extras and its pinned packages"
   "${pip[@]}" --constraint "$constraints" setuptools wheel || return 2
   "${pip[@]}" --constraint "$constraints" --no-build-isolation --editable "${ROOT}${extras}" || return 2
+  if [ -n "$existing" ]; then
+    # Commands that the other environment has would start its interpreter: .venv gets its own.
+    local -a commands=(deepspeed tensorboard)
+    case "$extras" in *dev*) commands+=(pytest ruff) ;; esac
+    "${pip[@]}" --constraint "$constraints" --ignore-installed --no-deps "${commands[@]}" || return 2
+  fi
   "$VENV_PYTHON" -m pip check --disable-pip-version-check || return 2
   echo "$wanted" >"$stamp"
 }
