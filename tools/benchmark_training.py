@@ -14,7 +14,6 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
 from maha_megatron.train.trials import Trial, column, run_trial
