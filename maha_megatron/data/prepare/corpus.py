@@ -64,7 +64,7 @@ def available_versions() -> dict[str, str]:
 
 
 def machine_texts(limit_bytes: int) -> Iterator[tuple[SourceFile, str]]:
-    """Texts of the default corpus in their final order, at most `limit_bytes` of UTF-8."""
+    """Texts of the default corpus in their final order, `limit_bytes` of UTF-8 less what did not fit."""
     standard = sorted(_files("stdlib", Path(sysconfig.get_paths()["stdlib"])), key=lambda file: file.order)
     packages = []
     for module in PACKAGES:
@@ -78,13 +78,13 @@ def machine_texts(limit_bytes: int) -> Iterator[tuple[SourceFile, str]]:
             continue
         content = text.encode()
         digest = hashlib.sha256(content).digest()
-        if digest in seen or used_bytes + len(content) > limit_bytes:
+        if digest in seen:
             continue
+        if used_bytes + len(content) > limit_bytes:
+            break
         seen.add(digest)
         used_bytes += len(content)
         chosen.append((file, text))
-        if used_bytes > 0.999 * limit_bytes:
-            break
     yield from sorted(chosen, key=lambda pair: pair[0].order)
 
 
