@@ -73,7 +73,8 @@ def test_the_manifest_says_what_is_in_the_pair(tmp_path: Path, model: str) -> No
 
 def test_a_text_with_a_broken_character_is_kept(tmp_path: Path, model: str) -> None:
     write(tmp_path / "p", model, ["half \ud83d emoji"])
-    assert load_tokenizer(model).decode(open_indexed(str(tmp_path / "p"))[0][:-1].tolist()) == "half ? emoji"
+    pair = open_indexed(str(tmp_path / "p"))
+    assert load_tokenizer(model).decode(pair[0][:-1].tolist()) == "half ? emoji"
 
 
 def test_a_failed_run_leaves_no_pair_and_no_manifest(tmp_path: Path, model: str) -> None:
