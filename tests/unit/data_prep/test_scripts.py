@@ -94,6 +94,21 @@ def test_any_folder_makes_a_corpus(run, tmp_path: Path) -> None:
     assert "3 documents, 21 bytes" in out
 
 
+def test_a_data_set_is_streamed(run, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    arguments = ("make_corpus.py", "--dataset", tmp_path / "set", "--output", tmp_path / "c.jsonl")
+    code, _, err = run(*arguments, "--json-keys", "body")
+    assert code == 0, err
+    assert [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()] == ["one", "two"]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "has the fields body: name one by --json-keys" in err
+    code, _, err = run("make_corpus.py", "--dataset", tmp_path / "none", "--output", tmp_path / "c.jsonl")
+    assert code == 2
+    assert "cannot be streamed" in err
+
+
 def test_a_skip_imports_neither_torch_nor_megatron(run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text to learn from, and some more of it\n" * 50)
     model = tmp_path / "t.model"
