@@ -49,9 +49,8 @@ class Gpt(nn.Module):
             vocabulary=config.model.vocabulary,
             padded_vocabulary=padded_vocabulary(config),
             chunk_tokens=config.model.loss_chunk_tokens,
+            tied_weight=self.embedding.weight if config.model.tied_embeddings else None,
         )
-        if config.model.tied_embeddings:
-            self.output.weight = self.embedding.weight
 
     def forward(
         self,
