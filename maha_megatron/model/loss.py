@@ -58,13 +58,14 @@ class OutputLayer(nn.Module):
         Returns:
             fp32 scalar, the same on every tensor-parallel rank; or fp32 logits [t, vocabulary] without padding.
         """
+        group = groups.tensor_group()
         if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         hidden_th = hidden.flatten(0, 1)
         if labels_t is None:
-            logits_tv = gather_from_tensor_model_parallel_region(hidden_th @ self.weight.t())
+            logits_tv = gather_from_tensor_model_parallel_region(hidden_th @ self.weight.t(), group=group)
             return logits_tv[:, : self.vocabulary].float()
         rows = VocabularyRows(
             first=groups.tensor_rank() * self.local_rows,
