@@ -8,11 +8,10 @@ the logged steps after the first fifth. Results go to tools/results/ as Markdown
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
-
-import yaml
 
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
@@ -66,7 +65,7 @@ def main() -> None:
     for model in arguments.models:
         config = arguments.folder / f"{model}.yaml"
         fragments = [f"model/{model}", f"size/{arguments.size}", f"cluster/{arguments.cluster}"]
-        config.write_text(yaml.safe_dump({"extends": fragments}), encoding="utf-8")
+        config.write_text(json.dumps({"extends": fragments}), encoding="utf-8")  # JSON is YAML
         settings = (f"train.steps={arguments.steps}", *arguments.set)
         trial = Trial(name=model, config=config, settings=settings, processes=arguments.processes)
         rows = run_trial(trial, arguments.folder, ROOT / "launch" / "pretrain.py", timeout_s=arguments.timeout_s)
