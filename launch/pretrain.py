@@ -49,7 +49,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build without weights; print parameters, memory and FLOPs, and stop"
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="RANKS",
+        help="build without weights; print parameters, memory and FLOPs for RANKS ranks (default: this launch's), stop",
     )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # given by deepspeed
     return parser.parse_args(arguments)
@@ -62,10 +67,12 @@ def run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
-    if options.dry_run:
+    if options.dry_run is not None:
+        ranks = options.dry_run or max(world_size, config.parallel.tensor)
+        check_topology(config, ranks)
         from maha_megatron.train.dry_run import dry_run
 
-        dry_run(config, max(world_size, config.parallel.tensor))
+        print(dry_run(config, ranks))
         return 0
     check_topology(config, world_size)
     if options.local_rank is not None:

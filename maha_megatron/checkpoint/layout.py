@@ -1,13 +1,13 @@
 """Names of everything inside a run's checkpoint folder, and which checkpoints are there.
 
-    run.folder/checkpoints/
-      latest                        text: the name of the newest complete checkpoint, replaced atomically and last
-      step_00000500/
-        manifest.json               what the checkpoint is, and the size of every other file in it
-        weights.safetensors         every parameter, whole, by its logical name, in the model's dtype
-        engine/                     DeepSpeed's own state: master weights, optimizer; for the same topology only
-        random/rank_00000.safetensors
-      partial_step_00000600/        being written, or left behind by a process that died; never read
+run.folder/checkpoints/
+  latest                        text: the name of the newest complete checkpoint, replaced atomically and last
+  step_00000500/
+    manifest.json               what the checkpoint is, and the size of every other file in it
+    weights.safetensors         every parameter, whole, by its logical name, in the model's dtype
+    engine/                     DeepSpeed's own state: master weights, optimizer; for the same topology only
+    random/rank_00000.safetensors
+  partial_step_00000600/        being written, or left behind by a process that died; never read
 """
 
 import os

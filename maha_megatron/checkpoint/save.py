@@ -102,7 +102,11 @@ def _publish(partial: Path, checkpoint: Path, keep: int) -> None:
     if checkpoint.exists():  # complete, but its process died before `latest` named it; or the run was started anew
         shutil.rmtree(checkpoint)
     os.replace(partial, checkpoint)
-    layout.set_latest(checkpoint.parent, checkpoint)
+    try:
+        layout.set_latest(checkpoint.parent, checkpoint)
+    except OSError:
+        shutil.rmtree(checkpoint)
+        raise
     layout.remove_old_checkpoints(checkpoint.parent, keep)
 
 

@@ -37,7 +37,7 @@ class WeightsWriter:
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._file = open(path, "wb")  # noqa: SIM115: closed by close()
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, weight: torch.Tensor) -> None:
@@ -69,9 +69,8 @@ def read_weights(path: Path, names: Iterable[str]) -> Iterable[tuple[str, torch.
             stored = set(file.keys())
             missing, extra = sorted(set(names) - stored), sorted(stored - set(names))
             if missing or extra:
-                raise CheckpointError(
-                    f"{path} does not fit the model: missing {_shortened(missing)}; not in the model {_shortened(extra)}"
-                )
+                unfit = f"missing {_shortened(missing)}; not in the model {_shortened(extra)}"
+                raise CheckpointError(f"{path} does not fit the model: {unfit}")
             for name in names:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:

@@ -8,11 +8,12 @@ by the data-parallel ranks. So each micro-batch hands over
 
 and the gradient is that of sum(losses) / count at every topology, micro-batch size and accumulation.
 
-A norm that is not finite makes ZeRO's step() return before it touches a weight (also bf16: `check_grad_overflow`), which
-`was_step_applied` tells; without ZeRO there is no such check, nor a norm, so `_plain_gradient_norm` comes first.
+A norm that is not finite makes the step() of every ZeRO optimizer, BF16_Optimizer included, return before it touches a
+weight; `was_step_applied` tells. Without ZeRO there is neither such a check nor a norm: `_plain_gradient_norm` is both.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from maha_megatron.model.names import full_shape, logical_names, merge_shards
 from maha_megatron.parallel import compat, groups
 from maha_megatron.parallel.gradients import sum_partial_gradients
 from maha_megatron.parallel.mpu import Mpu
-from maha_megatron.train.guards import check_finite
+from maha_megatron.train.guards import StepPlace, check_finite
 from maha_megatron.train.optimizer import build_optimizer, set_hyperparameters
 
 
@@ -78,9 +79,8 @@ class Engine:
         self,
         batches: Sequence[MicroBatch],
         learning_rate: float,
+        place: StepPlace,
         *,
-        step: int,
-        first_sample: int,
         with_scale_weights: bool = False,
     ) -> StepResult:
         """One optimizer step.
@@ -88,31 +88,41 @@ class Engine:
         Args:
             batches: this data-parallel rank's micro-batches of the step, one per accumulation step.
             learning_rate: set into the optimizer before the weights change.
-            step: number of the step, from 1; named in errors.
-            first_sample: first of the step's samples in the data order; named in errors.
+            place: which step it is; named in errors.
             with_scale_weights: also measure the weight of each scale, on the last micro-batch.
 
         Raises:
             TrainingError: the loss or the gradient norm is not finite; the weights are as before.
         """
         loss = self.accumulate(batches, with_scale_weights=with_scale_weights)
-        place = {"step": step, "first_sample": first_sample, "samples": self._config.train.global_batch_samples}
-        check_finite(loss, "loss", **place, where=self._where(batches))
+        check_finite(loss, "loss", place, self._where(batches))
+        norm, applied_rate = self.update(learning_rate, place)
+        return StepResult(
+            loss_nats=loss,
+            gradient_norm=norm,
+            learning_rate=applied_rate,
+            scale_weights=self._mean_scale_weights() if with_scale_weights else {},
+        )
+
+    def update(self, learning_rate: float, place: StepPlace) -> tuple[float, float]:
+        """Let the accumulated gradients change the weights.
+
+        Returns:
+            The gradient norm before clipping, and the learning rate as the optimizer had it.
+
+        Raises:
+            TrainingError: the norm is not finite; the weights are as before.
+        """
         norm = self._plain_gradient_norm() if self._config.zero.stage == 0 else None
         if norm is not None:
-            check_finite(norm, "gradient norm", **place)
+            check_finite(norm, "gradient norm", place)
         for group in self._inner.optimizer.param_groups:
             group["lr"] = learning_rate
         self._inner.step()
         if norm is None:
             norm = float(self._inner.get_global_grad_norm())
-            check_finite(norm if self._inner.was_step_applied() else float("nan"), "gradient norm", **place)
-        return StepResult(
-            loss_nats=loss,
-            gradient_norm=norm,
-            learning_rate=self._inner.get_lr()[0],
-            scale_weights=self._mean_scale_weights() if with_scale_weights else {},
-        )
+            check_finite(norm if self._inner.was_step_applied() else float("nan"), "gradient norm", place)
+        return norm, self._inner.get_lr()[0]
 
     def accumulate(self, batches: Sequence[MicroBatch], *, with_scale_weights: bool = False) -> float:
         """Forward and backward of one step's micro-batches: gradients are reduced, weights untouched.
@@ -162,9 +172,9 @@ class Engine:
 
     def _where(self, batches: Sequence[MicroBatch]) -> str:
         """Which of this rank's micro-batches have a loss that is not finite; for an error's text."""
-        bad = [str(number) for number, loss in enumerate(self._losses.tolist(), start=1) if not abs(loss) < float("inf")]
-        rank = groups.data_rank()
-        return f" (data-parallel rank {rank}: micro-batch {', '.join(bad)} of {len(batches)})" if bad else ""
+        bad = [str(1 + number) for number, loss in enumerate(self._losses.tolist()) if not math.isfinite(loss)]
+        where = f" (data-parallel rank {groups.data_rank()}: micro-batch {', '.join(bad)} of {len(batches)})"
+        return where if bad else ""
 
     def _mean_scale_weights(self) -> dict[int, list[float]]:
         weights = self._inner.module.scale_weights()
@@ -246,9 +256,7 @@ class Engine:
             CheckpointError: DeepSpeed could not read it.
         """
         try:
-            loaded, _ = self._inner.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
-            )
+            loaded, _ = self._inner.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         except (OSError, RuntimeError, KeyError, AssertionError, ValueError) as error:
             raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
         if loaded is None:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -41,17 +42,27 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def check_finite(value: float, what: str, *, step: int, first_sample: int, samples: int, where: str = "") -> None:
+@dataclass(frozen=True, kw_only=True)
+class StepPlace:
+    """Which optimizer step, counted from 1, and which samples of the data order make up its batch."""
+
+    step: int
+    first_sample: int
+    samples: int
+
+    def __str__(self) -> str:
+        return f"samples {self.first_sample} to {self.first_sample + self.samples - 1} of the data order"
+
+
+def check_finite(value: float, what: str, place: StepPlace, where: str = "") -> None:
     """Stop before the weights change if the loss or the gradient norm of a step is not a finite number.
 
     Raises:
         TrainingError: names the step and its samples.
     """
-    if math.isfinite(value):
-        return
-    last_sample = first_sample + samples - 1
-    raise TrainingError(
-        f"the {what} of step {step} is {value}: the run stops before the weights change. The batch is samples "
-        f"{first_sample} to {last_sample} of the data order{where}. Look at that text, lower schedule.peak or "
-        "optimizer.clip_norm, and continue from the last checkpoint"
-    )
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} of step {place.step} is {value}: the run stops before the weights change. The batch is "
+            f"{place}{where}. Look at that text, lower schedule.peak or optimizer.clip_norm, and continue from the "
+            "last checkpoint"
+        )

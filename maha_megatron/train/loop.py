@@ -8,7 +8,7 @@ from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import build_loader
 from maha_megatron.parallel import compat, groups
 from maha_megatron.train.engine import build_engine
-from maha_megatron.train.guards import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_deterministic
+from maha_megatron.train.guards import EXIT_DONE, EXIT_INTERRUPTED, StepPlace, StopSignal, make_deterministic
 from maha_megatron.train.output import RunOutput
 from maha_megatron.train.record import versions
 from maha_megatron.train.schedule import learning_rate
@@ -48,8 +48,7 @@ def train(config: Config) -> int:
             result = engine.step(
                 training_data.step_batches(state.consumed_samples),
                 learning_rate(config.schedule, step, last),
-                step=step,
-                first_sample=state.consumed_samples,
+                StepPlace(step=step, first_sample=state.consumed_samples, samples=config.train.global_batch_samples),
                 with_scale_weights=logged,
             )
             step_s, validation = time.perf_counter() - step_began_s, None

@@ -67,7 +67,7 @@ class MetricsLog:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(partial, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=last_step + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:

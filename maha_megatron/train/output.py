@@ -53,7 +53,7 @@ class RunOutput:
             f"{engine.optimizer_class}; {'continuing after step ' + str(state.step) if state.step else 'new run'}"
         )
         self._console.say(
-            f"{steps} steps of {format_count(tokens)} tokens; one epoch of the data has {format_count(tokens_per_epoch)}"
+            f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"
         )
 
     def stepped(self, step: int, result: StepResult, step_s: float, *, logged: bool, validation: float | None) -> None:

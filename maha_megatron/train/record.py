@@ -34,9 +34,7 @@ def write_record(config: Config, world_size: int, versions: Mapping[str, str]) -
 def _git(*arguments: str) -> str:
     try:
         folder = Path(maha_megatron.__file__).parent
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
