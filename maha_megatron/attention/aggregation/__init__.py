@@ -1,0 +1,1 @@
+"""Fusion of the scales' outputs with weights on the simplex."""

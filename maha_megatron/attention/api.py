@@ -1,0 +1,124 @@
+"""The public functions of attention: MAHA and its dense peer, on raw projections of packed documents.
+
+Letters: t packed rows, n query heads, g KV groups, d head width, L scales, r ratio. Query head i reads group i // (n/g).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from maha_megatron.attention.dispatch import backend as backend_named
+from maha_megatron.attention.spec import (
+    AttentionParameters,
+    DenseSpec,
+    MahaSpec,
+    ParameterSpec,
+    dense_parameter_specs,
+    maha_parameter_specs,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MahaOutput:
+    """`out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for."""
+
+    out_tnd: torch.Tensor
+    scale_weights_tnl: torch.Tensor | None
+
+
+def maha_attention(
+    q_tnd: torch.Tensor,
+    k_tgd: torch.Tensor,
+    v_tgd: torch.Tensor,
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    *,
+    backend: str = "eager",
+    with_weights: bool = False,
+) -> MahaOutput:
+    """Causal multiscale attention over the packed documents of one sequence.
+
+    Args:
+        q_tnd, k_tgd, v_tgd: raw projections [t, n, d] and [t, g, d], float64, float32 or bfloat16, strided views
+            welcome: before convolution, normalisation and rotation. d is even, g divides n.
+        document_start_t: [t] int32 or int64, the row where each row's document starts.
+        parameters: learned tensors as `maha_parameter_specs` names and shapes them, in any floating dtype.
+        spec: the numbers of the operator.
+        backend: implementation by name (dispatch.py).
+        with_weights: also return the weight of each scale by row and head.
+
+    Returns:
+        MahaOutput. A row's output depends on rows of its document up to itself and on nothing else.
+
+    Raises:
+        ConfigError: there is no such backend.
+
+    Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
+
+    Source: README.md of this folder; the idea is arXiv 2512.14925.
+    """
+    _check_inputs(q_tnd, k_tgd, v_tgd, document_start_t)
+    n, g, d = q_tnd.shape[1], k_tgd.shape[1], q_tnd.shape[2]
+    _check_parameters(parameters, maha_parameter_specs(spec, n=n, g=g, d=d))
+    operators = backend_named(backend)
+    if spec.convolution:
+        q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+    kv = torch.stack((k_tgd, v_tgd), dim=1)
+    levels = operators.build_pyramid(kv, document_start_t, parameters, spec)
+    out_tnd, weights_tnl = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
+    return MahaOutput(out_tnd=out_tnd, scale_weights_tnl=weights_tnl.detach() if with_weights else None)
+
+
+def dense_attention(
+    q_tnd: torch.Tensor,
+    k_tgd: torch.Tensor,
+    v_tgd: torch.Tensor,
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: DenseSpec,
+    *,
+    backend: str = "eager",
+    document_lengths: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Causal softmax attention within documents, with the same convolution, normalisation and rotation as MAHA.
+
+    Args:
+        q_tnd, k_tgd, v_tgd, document_start_t: as for `maha_attention`.
+        parameters: learned tensors as `dense_parameter_specs` names and shapes them.
+        spec: which of the optional parts are on.
+        backend: implementation by name.
+        document_lengths: rows of every document in order, host integers that sum to t; the eager backend needs them,
+            since it never reads a tensor back.
+
+    Returns:
+        [t, n, d] in q's dtype.
+
+    Raises:
+        ConfigError: there is no such backend.
+
+    Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
+    """
+    _check_inputs(q_tnd, k_tgd, v_tgd, document_start_t)
+    n, g, d = q_tnd.shape[1], k_tgd.shape[1], q_tnd.shape[2]
+    _check_parameters(parameters, dense_parameter_specs(spec, n=n, g=g, d=d))
+    operators = backend_named(backend)
+    if spec.convolution:
+        q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+    return operators.attend_dense(q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, document_lengths)
+
+
+def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_start: torch.Tensor) -> None:
+    t, n, d = q.shape
+    assert t > 0, "an empty sequence"
+    assert d % 2 == 0, f"head width {d} is odd"
+    assert k.shape == v.shape == (t, k.shape[1], d), (q.shape, k.shape, v.shape)
+    assert n % k.shape[1] == 0, f"{n} query heads over {k.shape[1]} KV groups"
+    assert document_start.shape == (t,), document_start.shape
+    assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
+
+
+def _check_parameters(parameters: AttentionParameters, expected: dict[str, ParameterSpec]) -> None:
+    given = {name: tuple(value.shape) for name, value in vars(parameters).items() if value is not None}
+    assert given == {name: spec.shape for name, spec in expected.items()}, (given, expected)

@@ -1,0 +1,1 @@
+"""Causal dilated depthwise convolution on the query, key and value channels."""

@@ -1,0 +1,41 @@
+"""The pyramid by its definition: document by document, block by block."""
+
+import torch
+
+from maha_megatron.attention.documents import document_ranges
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.scales import complete_blocks, first_slot, slot_count, stride
+
+
+def build_pyramid(
+    kv: torch.Tensor, document_start_t: torch.Tensor, parameters: AttentionParameters, spec: MahaSpec
+) -> list[torch.Tensor]:
+    """Packed keys and values of every scale.
+
+    Args:
+        kv: [t, 2, g, d] keys (0) and values (1) of scale 0, neither normalised nor rotated.
+        document_start_t: [t] int.
+
+    Returns:
+        L tensors [ceil(t / R_l), 2, g, d]; slots that hold no complete block are zero.
+    """
+    levels = [kv]
+    for scale in range(1, spec.scales):
+        step = stride(spec.ratio, scale)
+        slots = [torch.zeros_like(kv[0])] * slot_count(len(kv), step)
+        for start, rows in document_ranges(document_start_t):
+            finer = first_slot(start, stride(spec.ratio, scale - 1))
+            for block in range(complete_blocks(rows, step)):
+                children = levels[-1][finer + block * spec.ratio :][: spec.ratio]
+                slots[first_slot(start, step) + block] = pool(children, parameters, spec, scale)
+        levels.append(torch.stack(slots))
+    return levels
+
+
+def pool(children: torch.Tensor, parameters: AttentionParameters, spec: MahaSpec, scale: int) -> torch.Tensor:
+    """One block [2, g, d] from its r children [r, 2, g, d]: their mean, or a softmax-gated mean."""
+    if spec.downsampling == "mean":
+        return children.mean(0)
+    scores = torch.einsum("ckgd,kgd->ckg", children, parameters.gate_query[scale - 1])
+    gates = (scores + parameters.gate_bias[scale - 1].permute(2, 0, 1)).softmax(0)
+    return (gates[..., None] * children).sum(0)

@@ -1,0 +1,1 @@
+"""Attention of full-rate queries to the visible blocks of each scale."""

@@ -1,0 +1,56 @@
+"""Slot arithmetic of packed sequences as tensors, with static shapes and without reading a value back to the host.
+
+Block b of scale l of the document that starts at row D sits in slot ceil(D/R) + b of ceil(t/R). Write
+e = (-D) mod R, the rows by which the document's blocks start before a multiple of R:
+
+    rows         0 1 2 3 4 5 6 7 8 9 ...      D = 3, R = 4: e = 1, slot 1 holds rows 3-6, slot 2 rows 7-10
+    slot j       starts at row jR - e, holds row jR, and ends at row jR - e + R - 1
+    row t sees   slots [max(ceil(D/R), end - w), end)   with   end = floor((t + 1 + e) / R)
+
+Two facts carry the fast backends. A complete block of slot j contains row jR, so document_start[jR] is its document.
+And 0 <= e < R, so `end` lies between floor((t+1)/R) and ceil((t+1)/R) whatever the documents are: the slots that a
+tile of rows can see lie in a range that is known without them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of one scale, each tensor [ceil(t / R)] int64 (complete: bool).
+
+    Args:
+        document: row where the slot's document starts.
+        last_row: last row of the slot's block.
+        complete: whether the slot holds a block whose rows all lie in its document.
+    """
+
+    document: torch.Tensor
+    last_row: torch.Tensor
+    complete: torch.Tensor
+
+
+def slots_of(document_start_t: torch.Tensor, stride_rows: int) -> Slots:
+    """What every slot of the scale with `stride_rows` holds; `document_start_t` is int64."""
+    rows = document_start_t.numel()
+    document = document_start_t[::stride_rows]
+    anchor = torch.arange(0, rows, stride_rows, device=document.device)
+    last_row = anchor - (-document) % stride_rows + stride_rows - 1
+    inside = last_row < rows
+    complete = inside & (document_start_t[last_row.clamp(max=rows - 1)] == document)
+    return Slots(document, last_row, complete)
+
+
+def first_slot_of(document: torch.Tensor, stride_rows: int) -> torch.Tensor:
+    """ceil(D / R) for every D."""
+    return (document + stride_rows - 1) // stride_rows
+
+
+def visible_slots(
+    row: torch.Tensor, document: torch.Tensor, stride_rows: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half-open range of the slots that each row sees, given its document's start."""
+    end = (row + 1 + (-document) % stride_rows) // stride_rows
+    return torch.maximum(first_slot_of(document, stride_rows), end - window), end
