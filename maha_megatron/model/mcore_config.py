@@ -10,8 +10,6 @@ from maha_megatron.config.render_mcore import transformer_config_fields
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import EnvironmentMismatch
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def build_transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's view of the configuration, from fields that the installed release knows."""
@@ -22,13 +20,10 @@ def build_transformer_config(config: Config) -> TransformerConfig:
             f"the installed megatron-core has no TransformerConfig field {', '.join(unknown)}: "
             "install a release from 0.16.1 up to, not including, 0.20"
         )
-    fields = {name: _DTYPES.get(value, value) if "dtype" in name else value for name, value in fields.items()}
-    return TransformerConfig(
-        **fields,
-        activation_func=F.silu,
-        init_method=_leave_undrawn,
-        output_layer_init_method=_leave_undrawn,
-    )
+    fields["params_dtype"] = getattr(torch, fields["params_dtype"])
+    fields["activation_func"] = getattr(F, fields["activation_func"])
+    # weights are drawn by logical name (init.py); megatron-core only allocates them
+    return TransformerConfig(**fields, init_method=_leave_undrawn, output_layer_init_method=_leave_undrawn)
 
 
 def _leave_undrawn(weight: torch.Tensor) -> torch.Tensor:
