@@ -68,7 +68,7 @@ class SentencePieceTokenizer:
                 f"{path} has no end-of-document token (it was trained with eos_id=-1): train it with an </s> piece,"
                 " for example with data_prep/train_tokenizer.py"
             )
-        self.fingerprint = f"sentencepiece:{hashlib.sha256(content).hexdigest()}"
+        self.fingerprint = f"SentencePieceTokenizer:{hashlib.sha256(content).hexdigest()}"
         # With byte fallback the character that stands for a space can itself be kept: as its three bytes.
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in LOWER_ONE_EIGHTH.encode()]
         self._lower_one_eighth_ids = byte_ids if all(map(self._model.is_byte, byte_ids)) else None
@@ -109,7 +109,7 @@ class HuggingFaceTokenizer:
         # Text never becomes a special token: a document that spells one out keeps it as characters.
         self._model.backend_tokenizer.encode_special_tokens = True
         identity = f"{self._model.backend_tokenizer.to_str()}|{self.end_of_document}"
-        self.fingerprint = f"huggingface:{hashlib.sha256(identity.encode()).hexdigest()}"
+        self.fingerprint = f"HuggingFaceTokenizer:{hashlib.sha256(identity.encode()).hexdigest()}"
 
     def _end_of_document(self, path: Path) -> int:
         if self._model.eos_token_id is not None:
