@@ -15,7 +15,7 @@ weight; `was_step_applied` tells. Without ZeRO there is neither such a check nor
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Engine:
         for number, batch in enumerate(batches, start=1):
             if number > 1:
                 self._inner.step()  # only counts the micro-batch: the weights change at the accumulation's end
-            self._inner.module.collect_scale_weights(with_scale_weights and number == len(batches))
+            self._inner.module.collect_scale_weights = with_scale_weights and number == len(batches)
             loss_sum = self._loss_sum(batch)
             self._inner.backward(loss_sum * scale)
             losses.append(loss_sum.detach())
@@ -289,12 +289,11 @@ class _CarefulFiles:
             os.fsync(file.fileno())
 
 
-def build_engine(config: Config, *, prepare: Callable[[torch.nn.Module], None] | None = None) -> Engine:
+def build_engine(config: Config) -> Engine:
     """Model, optimizer and DeepSpeed engine of this rank. The process groups must be up (parallel/compat).
 
     Args:
-        config: a checked configuration.
-        prepare: called with the initialised model before DeepSpeed takes it; tests randomise weights here.
+        config: a configuration that passed check_config and check_topology.
     """
     device = compat.compute_device()
     settings = deepspeed_config(config, dist.get_world_size())
@@ -308,8 +307,6 @@ def build_engine(config: Config, *, prepare: Callable[[torch.nn.Module], None] |
     with construction:
         model = build_gpt(config, device=device)
     initialise_parameters(model, config, gather=_gathered_for_writing)
-    if prepare is not None:
-        prepare(model)
     sum_partial_gradients(model)
     optimizer = build_optimizer(config.optimizer, logical_names(model))
     inner, *_ = deepspeed.initialize(model=model, mpu=Mpu(), optimizer=optimizer, config=settings)
