@@ -13,6 +13,7 @@ weight; `was_step_applied` tells. Without ZeRO there is neither such a check nor
 """
 
 import contextlib
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -309,7 +310,8 @@ def build_engine(config: Config) -> Engine:
     initialise_parameters(model, config, gather=_gathered_for_writing)
     sum_partial_gradients(model)
     optimizer = build_optimizer(config.optimizer, logical_names(model))
-    inner, *_ = deepspeed.initialize(model=model, mpu=Mpu(), optimizer=optimizer, config=settings)
+    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory's state ten times
+        inner, *_ = deepspeed.initialize(model=model, mpu=Mpu(), optimizer=optimizer, config=settings)
     inner._copy_recovery_script = lambda folder: None  # zero_to_fp32.py fails for TP > 1; weights.safetensors does it
     return Engine(config, inner, device)
 
