@@ -38,6 +38,7 @@ class Gpt(nn.Module):
             init_method=mcore_config.init_method,
             reduce_scatter_embeddings=self.sequence_parallel,
             config=mcore_config,
+            tp_group=groups.tensor_group(),
         )
         self.layers = nn.ModuleList(
             build_module(layer_spec(core_attention_spec(config, kind)), config=mcore_config, layer_number=number)
@@ -49,9 +50,8 @@ class Gpt(nn.Module):
             vocabulary=config.model.vocabulary,
             padded_vocabulary=padded_vocabulary(config),
             chunk_tokens=config.model.loss_chunk_tokens,
+            tied_weight=self.embedding.weight if config.model.tied_embeddings else None,
         )
-        if config.model.tied_embeddings:
-            self.output.weight = self.embedding.weight
 
     def forward(
         self,

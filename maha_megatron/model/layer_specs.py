@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from maha_megatron.model.norms import RMSNorm
+from maha_megatron.parallel import groups
 
 
 class SwiGlu(MLP):
@@ -17,7 +18,12 @@ class SwiGlu(MLP):
 
     def __init__(self, config, **_) -> None:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        super().__init__(config=config, submodules=linears, ffn_hidden_size=config.ffn_hidden_size)
+        super().__init__(
+            config=config,
+            submodules=linears,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=groups.tensor_group(),
+        )
 
 
 def layer_spec(core_attention: ModuleSpec) -> ModuleSpec:

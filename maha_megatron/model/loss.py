@@ -22,14 +22,25 @@ from maha_megatron.parallel import groups
 class OutputLayer(nn.Module):
     """Hidden rows to logits or to their loss.
 
-    Sharding: `weight` [v / tensor, h] holds this rank's rows of the padded vocabulary. It may be the embedding's own
-    parameter (tied embeddings): it is registered here too, so ZeRO 3 gathers it for this module as for its other owner.
+    Sharding: `weight` [v / tensor, h] holds this rank's rows of the padded vocabulary. With tied embeddings it is the
+    embedding's own parameter, registered here too, so that ZeRO 3 gathers it for this module as for its other owner.
     """
 
-    def __init__(self, config, *, vocabulary: int, padded_vocabulary: int, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        config,
+        *,
+        vocabulary: int,
+        padded_vocabulary: int,
+        chunk_tokens: int,
+        tied_weight: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
         self.local_rows = padded_vocabulary // groups.tensor_size()
-        self.weight = nn.Parameter(torch.empty(self.local_rows, config.hidden_size, dtype=config.params_dtype))
+        weight = tied_weight
+        if weight is None:
+            weight = nn.Parameter(torch.empty(self.local_rows, config.hidden_size, dtype=config.params_dtype))
+        self.weight = weight
         self.vocabulary = vocabulary
         self.chunk_tokens = chunk_tokens
         self.sequence_parallel = config.sequence_parallel
@@ -47,13 +58,14 @@ class OutputLayer(nn.Module):
         Returns:
             fp32 scalar, the same on every tensor-parallel rank; or fp32 logits [t, vocabulary] without padding.
         """
+        group = groups.tensor_group()
         if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         hidden_th = hidden.flatten(0, 1)
         if labels_t is None:
-            logits_tv = gather_from_tensor_model_parallel_region(hidden_th @ self.weight.t())
+            logits_tv = gather_from_tensor_model_parallel_region(hidden_th @ self.weight.t(), group=group)
             return logits_tv[:, : self.vocabulary].float()
         rows = VocabularyRows(
             first=groups.tensor_rank() * self.local_rows,

@@ -1,6 +1,7 @@
 """megatron-core's own configuration object, made from the project's."""
 
 import dataclasses
+import warnings
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,8 +23,10 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         )
     fields["params_dtype"] = getattr(torch, fields["params_dtype"])
     fields["activation_func"] = getattr(F, fields["activation_func"])
-    # weights are drawn by logical name (init.py); megatron-core only allocates them
-    return TransformerConfig(**fields, init_method=_leave_undrawn, output_layer_init_method=_leave_undrawn)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="full scope is deprecated")  # of a default of its own, on every build
+        # weights are drawn by logical name (init.py); megatron-core only allocates them
+        return TransformerConfig(**fields, init_method=_leave_undrawn, output_layer_init_method=_leave_undrawn)
 
 
 def _leave_undrawn(weight: torch.Tensor) -> torch.Tensor:

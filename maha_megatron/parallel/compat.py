@@ -59,6 +59,9 @@ def initialise_distributed(config: Config) -> None:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
+    if config.parallel.tensor > 1:
+        # megatron-core starts a collective and then the product it hides behind: one queue keeps that order
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(compute_device())
     deepspeed.init_distributed(

@@ -5,7 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from maha_megatron.model.bounds import document_bounds
-from tests.support.model import random_batch, random_model, start_rows, tiny_config
+from maha_megatron.model.gpt import build_gpt
+from maha_megatron.model.init import initialise_parameters
+from maha_megatron.model.names import logical_names
+from tests.support.model import random_batch, random_model, relative_difference, start_rows, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 KINDS = {
@@ -63,6 +66,26 @@ def test_the_loss_is_that_of_the_logits(case):
     assert logits.shape == (ROWS, 100)
     exact = F.cross_entropy(logits[batch.loss_mask_t], batch.labels_t[batch.loss_mask_t], reduction="sum")
     assert model(*batch).item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_bf16_follows_fp32():
+    batch = random_batch(tiny_config(), rows=ROWS, starts=STARTS)
+    exact = initial_model(tiny_config())
+    half = initial_model(tiny_config(train__precision="bf16"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    exact_loss, half_loss = exact(*batch), half(*batch)
+    assert half_loss.dtype == torch.float32
+    assert half_loss.item() == pytest.approx(exact_loss.item(), rel=1e-3)
+    exact_loss.backward()
+    half_loss.backward()
+    for (name, parameter), other in zip(logical_names(exact).items(), half.parameters(), strict=True):
+        assert relative_difference(other.grad.float(), parameter.grad) < 0.05, name
+
+
+def initial_model(config):
+    model = build_gpt(config, device="cpu")
+    initialise_parameters(model, config)
+    return model
 
 
 def test_scale_weights_are_collected_only_when_asked_for():
