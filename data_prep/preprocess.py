@@ -17,6 +17,8 @@ from maha_megatron.data.prepare.stage import finished_record, input_identity, pr
 from maha_megatron.errors import DataError
 from maha_megatron.units import format_count
 
+WORTH_A_WORKER_BYTES = 8_000_000
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -38,10 +40,10 @@ def parse_arguments() -> argparse.Namespace:
         default=True,
         help="end every document with the end-of-document token",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core, fewer where the input is small)")
     parser.add_argument("--force", action="store_true", help="run again although it is done")
     options = parser.parse_args()
-    if options.workers < 1:
+    if options.workers is not None and options.workers < 1:
         parser.error("--workers must be at least 1")
     return options
 
@@ -92,10 +94,14 @@ def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[
             prefix,
             tokenizer_path=options.tokenizer_model,
             append_end=options.append_eod,
-            workers=options.workers,
+            workers=options.workers or _default_workers(total_bytes),
             arguments=arguments,
             advance=advance,
         )
+
+
+def _default_workers(total_bytes: int) -> int:
+    return min(os.cpu_count() or 1, 1 + total_bytes // WORTH_A_WORKER_BYTES)
 
 
 def _check_tokenizer_type(options: argparse.Namespace) -> None:

@@ -28,6 +28,9 @@ REBUILD = "make the pair again with data_prep/preprocess.py, or copy both files 
 def open_indexed(prefix: str) -> IndexedDataset:
     """Open `prefix`.bin and `prefix`.idx, memory-mapped.
 
+    Keep the returned object as long as any array that came from it: it closes its map when it goes, and such an
+    array then points nowhere.
+
     Raises:
         DataError: The pair is missing, empty, truncated or no Megatron index.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maha_megatron.config.derive import accumulation_steps
 from maha_megatron.config.schema import Config, Source
 from maha_megatron.data.batch import MicroBatch
 from maha_megatron.data.manifest import Manifest, read_manifest
@@ -89,8 +90,7 @@ class Loader:
         self._document_bounds = config.data.document_bounds
         self._micro = config.train.micro_batch_samples
         self._validation_samples = config.train.validation_samples
-        self._accumulation, rest = divmod(config.train.global_batch_samples, self._micro * data_parallel_size)
-        assert rest == 0, "check_topology refuses a global batch that does not divide"
+        self._accumulation = accumulation_steps(config, data_parallel_size * config.parallel.tensor)
 
     @property
     def samples_per_epoch(self) -> int:

@@ -97,35 +97,38 @@ class HuggingFaceTokenizer:
             ) from error
         try:
             if path.is_dir():
-                self._model = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+                model = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
             else:
-                self._model = PreTrainedTokenizerFast(tokenizer_file=str(path))
+                model = PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # transformers raises many kinds for a damaged file
             raise DataError(f"{path} cannot be read as a Hugging Face tokenizer ({error})") from error
-        if not self._model.is_fast:
+        if not model.is_fast:
             raise DataError(f"{path} holds no fast tokenizer: save it with tokenizer.json (save_pretrained)")
-        self.vocabulary = max(self._model.get_vocab().values()) + 1
-        self.end_of_document = self._end_of_document(path)
-        # Text never becomes a special token: a document that spells one out keeps it as characters.
-        self._model.backend_tokenizer.encode_special_tokens = True
-        identity = f"{self._model.backend_tokenizer.to_str()}|{self.end_of_document}"
+        ids = model.get_vocab()
+        self.vocabulary = max(ids.values()) + 1
+        self.end_of_document = _end_of_document(path, model.eos_token_id, ids)
+        self._backend = model.backend_tokenizer
+        self._backend.encode_special_tokens = True  # a document that spells out a special token keeps it as characters
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        identity = f"{self._backend.to_str()}|{self.end_of_document}"
         self.fingerprint = f"HuggingFaceTokenizer:{hashlib.sha256(identity.encode()).hexdigest()}"
 
-    def _end_of_document(self, path: Path) -> int:
-        if self._model.eos_token_id is not None:
-            return self._model.eos_token_id
-        vocabulary = self._model.get_vocab()
-        if path.is_file():  # a bare tokenizer.json does not say which token is eos
-            for token in KNOWN_ENDS:
-                if token in vocabulary:
-                    return vocabulary[token]
-        raise DataError(
-            f"{path} has no end-of-document token: set eos_token in its tokenizer_config.json"
-            f" (a bare tokenizer.json must hold one of {', '.join(KNOWN_ENDS)})"
-        )
-
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False)
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _end_of_document(path: Path, declared: int | None, ids: dict[str, int]) -> int:
+    if declared is not None:
+        return declared
+    if path.is_file():  # a bare tokenizer.json does not say which token is eos
+        for token in KNOWN_ENDS:
+            if token in ids:
+                return ids[token]
+    raise DataError(
+        f"{path} has no end-of-document token: set eos_token in its tokenizer_config.json"
+        f" (a bare tokenizer.json must hold one of {', '.join(KNOWN_ENDS)})"
+    )

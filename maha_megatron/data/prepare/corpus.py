@@ -64,28 +64,33 @@ def available_versions() -> dict[str, str]:
 
 
 def machine_texts(limit_bytes: int) -> Iterator[tuple[SourceFile, str]]:
-    """Texts of the default corpus in their final order, at most `limit_bytes` of UTF-8."""
-    standard = sorted(_files("stdlib", Path(sysconfig.get_paths()["stdlib"])), key=lambda file: file.order)
-    packages = []
-    for module in PACKAGES:
-        specification = importlib.util.find_spec(module)
-        for location in (specification.submodule_search_locations or ()) if specification else ():
-            packages += _files(module, Path(location))
+    """Texts of the default corpus in their final order, `limit_bytes` of UTF-8 less what did not fit."""
     chosen, used_bytes, seen = [], 0, set()
-    for file in standard + sorted(packages, key=lambda file: file.order):
+    for file in _candidates():
         text = _readable_text(file.path)
         if text is None:
             continue
         content = text.encode()
         digest = hashlib.sha256(content).digest()
-        if digest in seen or used_bytes + len(content) > limit_bytes:
+        if digest in seen:
             continue
+        if used_bytes + len(content) > limit_bytes:
+            break
         seen.add(digest)
         used_bytes += len(content)
         chosen.append((file, text))
-        if used_bytes > 0.999 * limit_bytes:
-            break
     yield from sorted(chosen, key=lambda pair: pair[0].order)
+
+
+def _candidates() -> Iterator[SourceFile]:
+    """The standard library's files, then those of all packages together, each part in hash order."""
+    yield from sorted(_files("stdlib", Path(sysconfig.get_paths()["stdlib"])), key=lambda file: file.order)
+    packages = []
+    for module in PACKAGES:
+        specification = importlib.util.find_spec(module)
+        for location in (specification.submodule_search_locations or ()) if specification else ():
+            packages += _files(module, Path(location))
+    yield from sorted(packages, key=lambda file: file.order)
 
 
 def _files(origin: str, root: Path) -> list[SourceFile]:

@@ -104,7 +104,7 @@ def text_batches(texts: Iterable[str], digest: Any) -> Iterator[list[str]]:
         content = text.encode("utf-8", "replace")
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
-        held.append(text if len(content) == len(text) else content.decode())
+        held.append(content.decode())
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield held

@@ -93,7 +93,7 @@ def parse_bytes(text: str) -> int:
 
 @contextmanager
 def progress_bar(total: int | None, description: str) -> Iterator[Callable[[int], object]]:
-    """A progress bar over bytes; yields what to call with the bytes of each advance. In a log file it is a few lines."""
+    """A progress bar over bytes; yields what to call with each advance. In a log file it is a few lines."""
     from tqdm import tqdm
 
     interval_s = 0.1 if sys.stderr.isatty() else 10.0
