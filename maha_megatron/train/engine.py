@@ -15,11 +15,9 @@ weight; `was_step_applied` tells. Without ZeRO there is neither such a check nor
 import contextlib
 import io
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -39,6 +37,7 @@ from maha_megatron.model.names import full_shape, logical_names, merge_shards
 from maha_megatron.parallel import compat, groups
 from maha_megatron.parallel.gradients import sum_partial_gradients
 from maha_megatron.parallel.mpu import Mpu
+from maha_megatron.train.engine_files import CarefulFiles
 from maha_megatron.train.guards import StepPlace, check_finite
 from maha_megatron.train.optimizer import build_optimizer, set_hyperparameters
 
@@ -243,7 +242,7 @@ class Engine:
     def write_state(self, folder: Path) -> Exception | None:
         """Write DeepSpeed's own state; this rank's first error is returned, so that no rank leaves a barrier."""
         files, failures = self._inner.checkpoint_engine, Failures()
-        self._inner.checkpoint_engine = _CarefulFiles(files, failures)
+        self._inner.checkpoint_engine = CarefulFiles(files, failures)
         try:
             self._inner.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         finally:
@@ -267,27 +266,6 @@ class Engine:
     def release(self) -> None:
         """Take DeepSpeed's hooks off the model, so that another engine can be built in this process."""
         self._inner.destroy()
-
-
-class _CarefulFiles:
-    """DeepSpeed's file writer, but errors are kept until all ranks are through the save, and disks are flushed."""
-
-    def __init__(self, inner: Any, failures: Failures) -> None:
-        self._inner, self._failures = inner, failures
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        with self._failures.kept():
-            Path(path).mkdir(parents=True, exist_ok=exist_ok)
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        # through an open file: torch reports a full disk as OSError, by a path as a RuntimeError without a reason
-        with self._failures.kept(), open(path, "wb") as file:
-            torch.save(state_dict, file)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def build_engine(config: Config) -> Engine:

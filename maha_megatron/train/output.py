@@ -49,8 +49,8 @@ class RunOutput:
         """Say what is about to run."""
         steps, tokens = self._config.train.steps - state.step, self._step_tokens
         self._console.say(
-            f"{format_count(total_parameters(self._config))} parameters on {self._devices} device(s), "
-            f"{engine.optimizer_class}; {'continuing after step ' + str(state.step) if state.step else 'new run'}"
+            f"{self._config.run.name}: {format_count(total_parameters(self._config))} parameters, {self._devices} rank(s), "
+            f"{engine.optimizer_class}; {f'continuing after step {state.step}' if state.step else 'new run'}"
         )
         self._console.say(
             f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"
@@ -88,7 +88,7 @@ class RunOutput:
             facts |= {name: row[name] for name in _IN_SUMMARY if name in row}
         if self._data:
             facts["unigram_entropy_nats"] = _mean(self._data, "unigram_entropy_nats")
-        _writing(lambda: summarise(self._folder, self._console, facts))
+        _writing(lambda: summarise(self._folder, self._config.run.name, self._console, facts))
         self._console.say(f"this process ran  {format_duration(elapsed_s)}")
 
     @property

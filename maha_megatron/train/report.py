@@ -61,7 +61,7 @@ class Console:
             self._line_open = False
 
 
-def plot_losses(folder: Path) -> Path:
+def plot_losses(folder: Path, title: str) -> Path:
     """Draw train and validation loss from the run's metrics.jsonl, which stays beside the picture as its data.
 
     Returns:
@@ -74,23 +74,25 @@ def plot_losses(folder: Path) -> Path:
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=folder.name)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(folder / PLOT, bbox_inches="tight")
     return folder / PLOT
 
 
-def summarise(folder: Path, console: Console, facts: Mapping[str, Any]) -> None:
+def summarise(folder: Path, name: str, console: Console, facts: Mapping[str, Any]) -> None:
     """Write summary.json and say where everything is.
 
     Args:
         folder: the run's folder.
+        name: the run's name.
         console: where it is said.
         facts: steps, tokens, seconds and the last losses, under their names in metrics.jsonl.
     """
-    plot = plot_losses(folder)
-    (folder / SUMMARY).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
+    plot = plot_losses(folder, name)
+    (folder / SUMMARY).write_text(json.dumps({"name": name, **facts}, indent=2) + "\n", encoding="utf-8")
     console.say(f"run folder       {folder}")
     console.say(f"TensorBoard      tensorboard --logdir {folder / TENSORBOARD}")
     console.say(f"loss plot        {plot} (its data: {folder / METRICS})")

@@ -83,7 +83,9 @@ def engine_for(config: Config, world_size: int) -> Iterator[Engine]:
     engine.release()
 
 
-def observe(config: Config, world_size: int, *, mask: str = "random", steps: int = STEPS, rate: float) -> dict[str, Any]:
+def observe(
+    config: Config, world_size: int, *, mask: str = "random", steps: int = STEPS, rate: float
+) -> dict[str, Any]:
     """Train `steps` steps.
 
     Returns:

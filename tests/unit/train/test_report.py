@@ -65,8 +65,8 @@ def test_summary_and_plot(tmp_path: Path) -> None:
     log.close()
     stream = io.StringIO()
     facts = {"steps": 2, "tokens": 4096, "validation_loss_nats": 2.75, "validation_bits_per_byte": 1.25}
-    summarise(tmp_path, Console(2, stream), facts)
-    assert json.loads((tmp_path / SUMMARY).read_text()) == facts
+    summarise(tmp_path, "tiny", Console(2, stream), facts)
+    assert json.loads((tmp_path / SUMMARY).read_text()) == {"name": "tiny", **facts}
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
     text = stream.getvalue()
     assert str(tmp_path) in text
@@ -75,4 +75,4 @@ def test_summary_and_plot(tmp_path: Path) -> None:
 
 
 def test_a_run_without_rows_still_plots(tmp_path: Path) -> None:
-    assert plot_losses(tmp_path).is_file()
+    assert plot_losses(tmp_path, "tiny").is_file()
