@@ -33,7 +33,7 @@ setup(
         "zstandard>=0.23,<1",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.14,<0.18"],
+        "dev": ["entmax>=1.3,<2", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.14,<0.18"],
         "hf": ["transformers>=5.0,<6"],
         "gpu": ["triton>=3.6,<3.8"],
     },
