@@ -116,6 +116,54 @@ def test_gradients_pass_gradcheck(kind, scales):
 
 
 @KINDS
+@pytest.mark.parametrize("scales", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("dtype", "largest", "tolerance"), [(torch.float32, 30.0, 1e-5), (torch.float64, 1e4, 1e-10)])
+def test_gradients_are_the_linearised_equilibrium(kind, scales, dtype, largest, tolerance):
+    """Against a pivoting solve of (I + D M' D) z + nu D 1 = D g, 1' D z = 0, on the weights' own support."""
+    matrix, payoff, feasible = random_programs(500, scales, largest=largest, seed=550 + scales)
+    matrix, payoff = matrix.to(dtype).requires_grad_(), payoff.to(dtype).requires_grad_()
+    weights = solve(matrix, payoff, feasible, kind).weights
+    incoming = torch.randn(weights.shape, generator=torch.Generator().manual_seed(scales)).to(dtype)
+    grad_matrix, grad_payoff = torch.autograd.grad(weights, (matrix, payoff), incoming)
+
+    weights, incoming = weights.detach().double(), incoming.double()
+    plain_matrix, _ = restricted(matrix.detach(), payoff.detach(), feasible)
+    smallest = torch.finfo(dtype).eps * largest if kind == "quadratic" else 0.0
+    scaling = (weights > smallest).double() if kind == "quadratic" else weights.sqrt()
+    system = torch.zeros(500, scales + 1, scales + 1, dtype=torch.float64)
+    system[:, :scales, :scales] = scaling[:, :, None] * plain_matrix.mT * scaling[:, None]
+    system[:, :scales, :scales] += torch.eye(scales, dtype=torch.float64)
+    system[:, :scales, scales] = system[:, scales, :scales] = scaling
+    right = torch.cat((scaling * incoming, torch.zeros(500, 1, dtype=torch.float64)), -1)
+    expected = scaling * torch.linalg.solve(system, right)[:, :scales]
+    clear = ~((weights > 0) & (weights <= 10.0 * smallest)).any(
+        -1
+    )  # whether so small a weight counts is a matter of taste
+    assert clear.float().mean() > 0.9
+    assert (grad_payoff.double() - expected)[clear].abs().max() <= tolerance
+    expected_matrix = -expected[:, :, None] * weights[:, None]
+    assert (grad_matrix.double() - expected_matrix)[clear].abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("scales", [3, 4, 5, 8])
+def test_scales_that_leave_at_a_tie_are_outside_the_support(scales):
+    """c is made so that some scales have weight 0 and slack 0: their gradient is 0 whichever way the path came."""
+    matrix, _, _ = random_programs(300, scales, largest=10.0, seed=580 + scales)
+    matrix = matrix.nan_to_num(0.0)
+    generator = torch.Generator().manual_seed(scales)
+    weights = torch.rand(300, scales, generator=generator, dtype=torch.float64) + 0.1
+    weights = weights * (torch.rand(300, scales, generator=generator) < 0.5)
+    weights[:, 0] += 0.1
+    weights = weights / weights.sum(-1, keepdim=True)
+    payoff = (weights + (matrix @ weights[..., None])[..., 0]).requires_grad_()
+    solved = solve(matrix, payoff, None, "quadratic").weights
+    assert (solved - weights).abs().max() <= 1e-12
+    (grad,) = torch.autograd.grad(solved, payoff, torch.randn(solved.shape, generator=generator).double())
+    assert (grad[weights == 0] == 0).all()
+    assert (grad[weights > 0] != 0).any()
+
+
+@KINDS
 @SCALES
 def test_gradients_are_no_longer_than_what_comes_in(kind, scales):
     """|dL/dc| <= |dL/dw|: strong monotonicity with lambda = 1. Nothing explodes through a solve, at 1e4 either."""

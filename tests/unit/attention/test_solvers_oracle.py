@@ -42,7 +42,7 @@ def solve_inputs(factor, upper, payoff, kind):
 
 
 def compare_gradients(leaves, compared, ours, theirs, incoming, kind):
-    """Gradients of the `compared` leaves to 1e-5 where complementarity is strict; else a difference quotient decides."""
+    """Gradients of the `compared` leaves to 1e-5 where complementarity is strict, or a difference quotient decides."""
     factor, upper, payoff = (leaf.detach() for leaf in leaves)
     matrix = factor.mT @ factor + skew_matrix(upper)
     margin = complementarity(matrix, payoff, torch.ones_like(payoff, dtype=torch.bool), ours.detach(), kind)
