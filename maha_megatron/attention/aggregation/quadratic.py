@@ -22,15 +22,14 @@ def enumerate_supports(programs: Programs, target: float) -> Solution:
     residual_p = torch.full_like(best_lp[0], torch.inf)
     for size in range(1, scales + 1):
         for support in itertools.combinations(range(scales), size):
-            weight_lp, price_p = _weights_on(programs, list(support))
+            weight_lp, price_p = _weights_on(programs, support)
             violation_p = _violation(programs, weight_lp, price_p)
-            inside_p = programs.feasible_lp[list(support)].all(0)
+            inside_p = _pick(programs.feasible_lp, support).all(0)
             better_p = inside_p & (violation_p < residual_p) & (residual_p > target)
             best_lp = torch.where(better_p, weight_lp, best_lp)
             residual_p = torch.where(better_p, violation_p, residual_p)
-            member_l1 = torch.zeros_like(best_lp[:, :1])
-            member_l1[list(support)] = 1.0
-            support_lp = torch.where(better_p, member_l1, support_lp)
+            for scale in range(scales):
+                support_lp[scale].masked_fill_(better_p, float(scale in support))
     return Solution(
         weight_lp=best_lp.masked_fill(residual_p.isinf(), torch.nan),  # no support has a residual: a NaN came in
         scaling_lp=support_lp,
@@ -94,18 +93,20 @@ def _polish(programs: Programs, support_lp, target, steps_p) -> Solution:
     )
 
 
-def _weights_on(programs: Programs, support: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights_on(programs: Programs, support: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [L, P] and price [P] on one support shared by all programs: a system of the support's size."""
-    level, slope = solve_scaled(
-        programs.matrix_llp[support][:, support],
-        torch.ones_like(programs.payoff_lp[support]),
-        programs.payoff_lp[support],
-        refine=True,
-    )
+    payoff = _pick(programs.payoff_lp, support)
+    matrix = torch.stack([_pick(programs.matrix_llp[scale], support) for scale in support])
+    level, slope = solve_scaled(matrix, torch.ones_like(payoff), payoff, refine=True)
     weight, price_p = _meet_simplex(level, slope)
-    weight_lp = torch.zeros_like(programs.payoff_lp)
-    weight_lp[support] = weight
-    return weight_lp, price_p
+    nothing_p = torch.zeros_like(price_p)
+    rows = dict(zip(support, weight, strict=True))
+    return torch.stack([rows.get(scale, nothing_p) for scale in range(len(programs.payoff_lp))]), price_p
+
+
+def _pick(rows: torch.Tensor, support: tuple[int, ...]) -> torch.Tensor:
+    """rows[list(support)] without sending an index to the device, which would wait for it."""
+    return torch.stack([rows[scale] for scale in support])
 
 
 def _weights_of(programs: Programs, support_lp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
