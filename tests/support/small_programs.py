@@ -62,18 +62,21 @@ def relative_residual(matrix, payoff, feasible, weights, regularizer) -> torch.T
     weights = weights.double()
     size = payoff.abs().amax(-1) + matrix.abs().amax((-1, -2))
     margin = payoff - (matrix @ weights[..., None])[..., 0]
-    heaviest = weights.argmax(-1, keepdim=True)
     if regularizer == "quadratic":
-        prices = (margin - weights).masked_fill(weights <= 0, torch.nan)  # equal on the support, up to rounding
-        price = (prices.nan_to_num(-torch.inf).amax(-1) + prices.nan_to_num(torch.inf).amin(-1))[:, None] / 2
-        slack = weights - margin + price
+        slack = weights - margin + _best_price(margin - weights, weights > 0)
         violation = torch.minimum(weights, slack).abs().masked_fill(~feasible, 0.0)
         return violation.amax(-1) / (weights.amax(-1) + size)
     logs = weights.clamp_min(1e-30).log()
-    excess = margin - logs - (margin - logs).gather(-1, heaviest)
+    excess = margin - logs - _best_price(margin - logs, weights >= 1e-30)
     violation = torch.where(weights >= 1e-30, excess.abs(), excess.clamp_min(0.0)).masked_fill(~feasible, 0.0)
     logs = logs.masked_fill(~feasible, 0.0)
     return violation.amax(-1) / (logs.abs().amax(-1) + size).clamp_min(1e-30)
+
+
+def _best_price(prices, inside) -> torch.Tensor:
+    """Midway between the extremes of what is equal at an exact solution, [count, 1]."""
+    highest = prices.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
+    return (highest + prices.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)) / 2
 
 
 def complementarity(matrix, payoff, feasible, weights, regularizer) -> torch.Tensor:

@@ -68,10 +68,10 @@ def solve(
     scales = payoff.shape[-1]
     if regularizer not in REGULARIZERS:
         raise ValueError(f"regularizer is {regularizer!r}; it must be one of {', '.join(REGULARIZERS)}")
-    if not 1 <= scales <= LARGEST_SCALES or matrix.shape[-2:] != (scales, scales):
-        raise ValueError(
-            f"matrix {tuple(matrix.shape)} and payoff {tuple(payoff.shape)} must end in [L, L] and [L], L <= 8"
-        )
+    fits = matrix.shape[-2:] == (scales, scales) and (feasible is None or feasible.shape[-1] == scales)
+    if not fits or not 1 <= scales <= LARGEST_SCALES:
+        shapes = [tuple(tensor.shape) for tensor in (matrix, payoff, feasible) if tensor is not None]
+        raise ValueError(f"matrix, payoff and feasible must end in [L, L], [L] and [L] with L <= 8; they are {shapes}")
     dtype = torch.promote_types(torch.promote_types(matrix.dtype, payoff.dtype), torch.float32)
     batch = torch.broadcast_shapes(
         matrix.shape[:-2], payoff.shape[:-1], () if feasible is None else feasible.shape[:-1]

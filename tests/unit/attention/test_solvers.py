@@ -331,6 +331,8 @@ def test_wrong_arguments_are_refused():
         solve(torch.zeros(2, 2), torch.zeros(2), None, "entropic")
     with pytest.raises(ValueError, match="must end in"):
         solve(torch.zeros(3, 3), torch.zeros(2), None, "entropy")
+    with pytest.raises(ValueError, match="must end in"):
+        solve(torch.zeros(2, 2), torch.zeros(2), torch.ones(3, dtype=torch.bool), "entropy")
     with pytest.raises(ValueError, match="L <= 8"):
         solve(torch.zeros(9, 9), torch.zeros(9), None, "entropy")
     with pytest.raises(ValueError, match="regularizer"):
