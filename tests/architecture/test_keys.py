@@ -21,6 +21,7 @@ TABLES = {"mcore": transformer_config_fields, "deepspeed": lambda config: deepsp
 # owner -> where its keys are read; attention sees numbers only, so model/ reads for it, and config/derive.py reads
 # what others get as a derived value
 READERS = {
+    "config": ("maha_megatron/config/rules.py",),
     "attention": ("maha_megatron/model",),
     "model": ("maha_megatron/model",),
     "parallel": ("maha_megatron/parallel",),
@@ -61,15 +62,31 @@ def changed(config: Config, section: str, name: str) -> Config:
 
 def attributes_read(root: Path, places: tuple[str, ...]) -> set[tuple[str, str]]:
     """(section, key) of every attribute `section.key` or `anything.section.key` that files below the places read."""
+    paths = [root / place for place in places]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
     found = set()
-    for place in places:
-        path = root / place
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
-                    value = node.value
-                    found.add((value.id if isinstance(value, ast.Name) else value.attr, node.attr))
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        aliases = section_aliases(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found |= {(name, node.attr) for name in (node.value.id, *aliases.get(node.value.id, ()))}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
+                found.add((node.value.attr, node.attr))
     return found
+
+
+def section_aliases(tree: ast.AST) -> dict[str, set[str]]:
+    """Names that stand for a section in a file: `settings = config.train`, or a parameter `settings: Train`."""
+    aliases: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    aliases.setdefault(target.id, set()).add(node.value.attr)
+        elif isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name):
+            aliases.setdefault(node.arg, set()).add(node.annotation.id.lower())
+    return aliases
 
 
 def unread_keys(root: Path, owner: str) -> list[str]:
@@ -100,7 +117,7 @@ def test_a_tables_key_changes_the_table(owner, section, name):
 
 @pytest.mark.parametrize("owner", READERS)
 def test_a_rooms_keys_are_read_there(owner):
-    missing = [place for place in READERS[owner] if not (ROOT / place).is_dir()]
+    missing = [place for place in READERS[owner] if not (ROOT / place).exists()]
     if missing:
         pytest.skip(f"{missing} not built yet")
     assert unread_keys(ROOT, owner) == []
@@ -113,10 +130,14 @@ def test_an_unread_key_is_found(tmp_path):
     (tmp_path / DERIVED).write_text("")
     (room / "a.py").write_text("timeout_minutes = 3\nx = config.train.timeout_minutes")
     assert unread_keys(tmp_path, "parallel") == ["parallel.timeout_minutes"]
-    (room / "a.py").write_text("def f(config):\n    return config.parallel.timeout_minutes")
-    assert unread_keys(tmp_path, "parallel") == []
-    (room / "a.py").write_text("parallel = config.parallel\nx = parallel.timeout_minutes")
-    assert unread_keys(tmp_path, "parallel") == []
+    for text in (
+        "def f(config):\n    return config.parallel.timeout_minutes",
+        "parallel = config.parallel\nx = parallel.timeout_minutes",
+        "grid = config.parallel\nx = grid.timeout_minutes",
+        "def f(grid: Parallel):\n    return grid.timeout_minutes",
+    ):
+        (room / "a.py").write_text(text)
+        assert unread_keys(tmp_path, "parallel") == []
 
 
 def test_a_key_that_a_table_forgets_is_found():
