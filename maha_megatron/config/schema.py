@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-OWNERS = ("mcore", "deepspeed", "attention", "model", "parallel", "data", "train", "checkpoint")
+OWNERS = ("config", "mcore", "deepspeed", "attention", "model", "parallel", "data", "train", "checkpoint")
 
 
 def leaf(
@@ -27,7 +27,7 @@ def leaf(
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    name: str = leaf("maha", owner="train", help="Name of the run; part of its folder's name and of its records.")
+    name: str = leaf("maha", owner="train", help="Name of the run in its records.")
     folder: str = leaf(
         "runs/maha", owner="train", help="Folder that receives checkpoints, metrics and TensorBoard logs."
     )
@@ -83,7 +83,7 @@ class Maha:
     )
     full_reach: bool = leaf(
         True,
-        owner="attention",
+        owner="config",
         help="Insist that every row can see back to its document's start; false for a plain sliding window.",
     )
     downsampling: str = leaf(
@@ -190,7 +190,7 @@ class Train:
     validation_interval_steps: int = leaf(
         100, owner="train", help="Validate every so many steps and at the end; 0: only at the end.", minimum=0
     )
-    validation_samples: int = leaf(64, owner="train", help="Samples of one validation.", minimum=1)
+    validation_samples: int = leaf(64, owner="data", help="Samples of one validation.", minimum=1)
     log_interval_steps: int = leaf(10, owner="train", help="Write metrics every so many steps.", minimum=1)
     peak_tflops: float = leaf(
         0.0,

@@ -1,0 +1,37 @@
+"""Values that follow from the configuration. They are computed here, in one place, and stored nowhere."""
+
+from maha_megatron import scales
+from maha_megatron.config.schema import Config
+
+
+def layer_attention(config: Config) -> tuple[str, ...]:
+    """The attention of each layer, "maha" or "dense": the pattern of model.attention repeated over the layers."""
+    pattern = config.model.attention
+    return tuple(pattern[layer % len(pattern)] for layer in range(config.model.layers))
+
+
+def maha_windows(config: Config) -> tuple[int, ...]:
+    """Complete blocks visible at each scale, finest first: maha.windows, or the default for data.sequence_tokens."""
+    return config.maha.windows or scales.default_windows(config.data.sequence_tokens, config.maha.ratio)
+
+
+def padded_vocabulary(config: Config) -> int:
+    """Rows of the embedding: the vocabulary rounded up to model.vocabulary_multiple, the same at every topology."""
+    multiple = config.model.vocabulary_multiple
+    return -(-config.model.vocabulary // multiple) * multiple
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that hold the same weights and read different samples. check_topology vouches for the division."""
+    return world_size // config.parallel.tensor
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches a rank processes in one optimizer step. check_topology vouches for the division."""
+    samples_at_once = config.train.micro_batch_samples * data_parallel_size(config, world_size)
+    return config.train.global_batch_samples // samples_at_once
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Rows t of the packed sequence that one rank processes at once, before sequence parallelism splits them."""
+    return config.train.micro_batch_samples * config.data.sequence_tokens

@@ -1,0 +1,66 @@
+"""What a checkpoint's weights mean: everything that decides their shapes or the function they compute."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from maha_megatron.config.derive import layer_attention, maha_windows, padded_vocabulary
+from maha_megatron.config.load import config_from_dict
+from maha_megatron.config.schema import Config
+
+_MODEL_KEYS = (
+    "layers",
+    "hidden",
+    "heads",
+    "kv_groups",
+    "head_width",
+    "ffn_hidden",
+    "norm_epsilon",
+    "vocabulary",
+    "tied_embeddings",
+    "rope_base",
+)
+_MAHA_KEYS = ("ratio", "downsampling", "lse_utility", "convolution")
+_DENSE_KEYS = ("qk_norm", "convolution")
+
+
+def model_description(config: Config) -> dict[str, Any]:
+    """Dotted key -> plain value of what determines shapes and meaning of the weights, derived values resolved.
+
+    Keys of an attention that no layer uses are left out: they do not change the model.
+    """
+    kinds = layer_attention(config)
+    description = {f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS}
+    description["model.vocabulary (padded)"] = padded_vocabulary(config)
+    description["model.attention"] = list(kinds)
+    if "maha" in kinds:
+        description |= {f"maha.{key}": getattr(config.maha, key) for key in _MAHA_KEYS}
+        description["maha.windows"] = list(maha_windows(config))
+    if "dense" in kinds:
+        description |= {f"dense.{key}": getattr(config.dense, key) for key in _DENSE_KEYS}
+    return description
+
+
+def model_fingerprint(config: Config) -> str:
+    """SHA-256 of the model's description: equal if and only if weights of one configuration fit and mean the other."""
+    text = json.dumps(model_description(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shape_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Where two models differ, one readable line per key.
+
+    Args:
+        saved: the configuration of the checkpoint, as config_to_dict gives it.
+        current: the configuration of this run, likewise.
+
+    Returns:
+        Lines "model.hidden: 512 in the checkpoint, 768 in this run"; empty if the fingerprints are equal.
+    """
+    there, here = (model_description(config_from_dict(tree)) for tree in (saved, current))
+    return [
+        f"{key}: {there.get(key, 'absent')} in the checkpoint, {here.get(key, 'absent')} in this run"
+        for key in there | here
+        if there.get(key) != here.get(key)
+    ]

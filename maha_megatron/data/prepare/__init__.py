@@ -1,0 +1,1 @@
+"""What the command lines of data_prep/ do: corpora, tokenizers and tokenised pairs."""

@@ -1,0 +1,115 @@
+"""Stages of data preparation: skipped when done, all or nothing, errors in one line. Standard library only.
+
+A stage's record is a JSON file beside its output with the arguments it ran with (inputs by size and time included)
+and what it found. The same arguments and a whole output need no second run.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maha_megatron.errors import DataError, MahaError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED_BY_USER = 130
+SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of a stage's output lies."""
+    return output.with_name(f"{output.name}.record.json")
+
+
+def finished_record(record: Path, outputs: Sequence[Path], arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a stage that ran with these arguments and whose outputs are there; otherwise None."""
+    if not record.is_file() or not all(path.is_file() for path in outputs):
+        return None
+    try:
+        tree = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    as_stored = json.loads(json.dumps(arguments))
+    return tree if isinstance(tree, dict) and tree.get("arguments") == as_stored else None
+
+
+def write_record(record: Path, arguments: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write a stage's record, which makes it finished."""
+    with whole_file(record) as partial:
+        partial.write_text(json.dumps({"arguments": arguments, **results}, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when the block ends without an error, and is removed when it does not.
+
+    Raises:
+        DataError: The file cannot be written, for example because the disk is full.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def input_identity(paths: Sequence[str]) -> list[list[Any]]:
+    """Names, sizes and times of the files behind input paths: what tells one input from another without reading it.
+
+    Raises:
+        DataError: A path does not exist.
+    """
+    identity = []
+    for name in paths:
+        path = Path(name)
+        if not path.exists():
+            raise DataError(f"input {name} does not exist")
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            status = file.stat()
+            identity.append([str(file), status.st_size, status.st_mtime_ns])
+    return identity
+
+
+def parse_bytes(text: str) -> int:
+    """A size in decimal units: "24MB" -> 24_000_000, "1.5 GB", "800k", "1000".
+
+    Raises:
+        ValueError: Not a size; argparse turns it into its usual message.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)b?\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is no size such as 24MB")
+    return int(float(match.group(1)) * SIZES[match.group(2).lower()])
+
+
+@contextmanager
+def progress_bar(total: int | None, description: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar over bytes; yields what to call with each advance. In a log file it is a few lines."""
+    from tqdm import tqdm
+
+    interval_s = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, mininterval=interval_s) as bar:
+        yield bar.update
+        if total is not None:
+            bar.update(total - bar.n)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line; an error meant for the user is one line on stderr and exit code 2."""
+    try:
+        main()
+    except MahaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED_BY_USER)

@@ -1,0 +1,1 @@
+"""The language model: megatron-core's parallel layers around MAHA or dense attention."""

@@ -1,0 +1,1 @@
+"""Process groups, and what megatron-core and DeepSpeed need to work together on any device."""

@@ -1,0 +1,71 @@
+"""The training loop, on one screen. What a step is lives in engine.py; what is written of it in output.py."""
+
+import time
+
+import torch.distributed as dist
+
+from maha_megatron.config.schema import Config
+from maha_megatron.data.loader import build_loader
+from maha_megatron.parallel import compat, groups
+from maha_megatron.train.engine import build_engine
+from maha_megatron.train.guards import EXIT_DONE, EXIT_INTERRUPTED, StepPlace, StopSignal, make_deterministic
+from maha_megatron.train.output import RunOutput
+from maha_megatron.train.record import versions
+from maha_megatron.train.schedule import learning_rate
+from maha_megatron.train.state import save, start_or_resume
+
+
+def train(config: Config) -> int:
+    """Train from the newest checkpoint, or from the start, to train.steps. Collective over all ranks.
+
+    Args:
+        config: a configuration that passed check_config and check_topology.
+
+    Returns:
+        The process's exit code: EXIT_DONE, or EXIT_INTERRUPTED after a signal, saved.
+
+    Raises:
+        MahaError: what the user can mend.
+    """
+    began_s, made_with, signal = time.perf_counter(), versions(), StopSignal()
+    signal.install()
+    if config.train.deterministic:
+        make_deterministic()
+    compat.initialise_distributed(config)
+    compat.initialise_model_parallel(config)
+    compat.seed_everything(config.run.seed)
+    ranks = {"data_parallel_rank": groups.data_rank(), "data_parallel_size": groups.data_size()}
+    training_data = build_loader(config, **ranks)
+    validation_data = build_loader(config, **ranks, split="validation")
+    engine = build_engine(config)
+    state, last = start_or_resume(engine, config), config.train.steps
+    with RunOutput(config, state, made_with, rank=dist.get_rank(), devices=dist.get_world_size()) as output:
+        output.started(engine, state, training_data.tokens_per_epoch)
+        stopping = engine.any_rank(signal.requested)
+        while state.step < last and not stopping:
+            step, step_began_s = state.step + 1, time.perf_counter()
+            logged = due(step, config.train.log_interval_steps, last)
+            result = engine.step(
+                training_data.step_batches(state.consumed_samples),
+                learning_rate(config.schedule, step, last),
+                StepPlace(step=step, first_sample=state.consumed_samples, samples=config.train.global_batch_samples),
+                with_scale_weights=logged,
+            )
+            step_s, validation = time.perf_counter() - step_began_s, None
+            state = state.after_step(config.train.global_batch_samples)
+            if due(step, config.train.validation_interval_steps, last):
+                validation = engine.evaluate(validation_data.validation_batches())
+            output.stepped(step, result, step_s, logged=logged, validation=validation)
+            stopping = engine.any_rank(signal.requested)  # all ranks stop after the same step
+            if due(step, config.checkpoint.interval_steps, last) or stopping:
+                output.saved(save(engine, config, state, made_with))
+        if state.step < last:
+            output.interrupted(state)
+            return EXIT_INTERRUPTED
+        output.finished(state, time.perf_counter() - began_s)
+    return EXIT_DONE
+
+
+def due(step: int, interval_steps: int, last_step: int) -> bool:
+    """Whether something with this interval happens after `step`: at its multiples, and at the end; 0: only then."""
+    return step == last_step or (interval_steps > 0 and step % interval_steps == 0)

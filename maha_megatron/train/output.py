@@ -1,0 +1,140 @@
+"""Everything a run writes and prints between its checkpoints. On ranks other than 0 it does nothing."""
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from maha_megatron.config.accounting import total_parameters, training_flops_per_token
+from maha_megatron.config.schema import Config
+from maha_megatron.data.manifest import Manifest, read_manifest
+from maha_megatron.errors import TrainingError
+from maha_megatron.train.engine import Engine, StepResult
+from maha_megatron.train.metrics import METRICS, MetricsLog, Throughput, peak_memory_bytes, peak_tflops, read_rows
+from maha_megatron.train.record import write_record
+from maha_megatron.train.report import Console, summarise
+from maha_megatron.train.state import RunState
+from maha_megatron.units import format_count, format_duration
+
+
+class RunOutput:
+    """Console, metrics and final report of a run.
+
+    Args:
+        config: the run's configuration.
+        state: where the run starts or continues; metrics written after it are cut.
+        made_with: versions, for run.json.
+        rank: this process's rank.
+        devices: ranks of the run.
+    """
+
+    def __init__(
+        self, config: Config, state: RunState, made_with: Mapping[str, str], *, rank: int, devices: int
+    ) -> None:
+        self._config, self._devices, self._first = config, devices, rank == 0
+        self._folder = Path(config.run.folder)
+        self._console = Console(config.train.steps, sys.stdout if self._first else None)
+        self._data = _described(config) if self._first else []
+        peak = peak_tflops(config.train.peak_tflops, config.train.precision)
+        self._throughput = Throughput(training_flops_per_token(config), devices, peak)
+        self._log = None
+        if self._first:
+            self._log = _writing(lambda: MetricsLog(self._folder, state.step))
+            _writing(lambda: write_record(config, devices, made_with))
+
+    def started(self, engine: Engine, state: RunState, tokens_per_epoch: int) -> None:
+        """Say what is about to run."""
+        steps, tokens = self._config.train.steps - state.step, self._step_tokens
+        self._console.say(
+            f"{self._config.run.name}: {format_count(total_parameters(self._config))} parameters, {self._devices} rank(s), "
+            f"{engine.optimizer_class}; {f'continuing after step {state.step}' if state.step else 'new run'}"
+        )
+        self._console.say(
+            f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"
+        )
+
+    def stepped(self, step: int, result: StepResult, step_s: float, *, logged: bool, validation: float | None) -> None:
+        """After a step: progress, and a row of metrics if it is a logged or a validated one."""
+        if not self._first:
+            return
+        self._throughput.add(step_s, self._step_tokens)
+        self._console.progress(step, result.loss_nats, step_s)
+        row: dict[str, float] = self._measured(result) if logged else {}
+        if validation is not None:
+            row["validation_loss_nats"] = validation
+            if self._data:
+                row["validation_bits_per_byte"] = validation / math.log(2) / _mean(self._data, "bytes_per_token")
+        if row:
+            _writing(lambda: self._log.write(step, row))
+            self._console.row(step, row)
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is complete."""
+        self._console.say(f"saved {checkpoint}")
+
+    def interrupted(self, state: RunState) -> None:
+        """A signal ended the run early."""
+        self._console.say(f"stopped by a signal after step {state.step}, saved; the same command continues from there")
+
+    def finished(self, state: RunState, elapsed_s: float) -> None:
+        """Plot, summary.json and the last lines."""
+        if not self._first:
+            return
+        facts: dict[str, Any] = {"steps": state.step, "tokens": state.step * self._step_tokens}
+        for row in read_rows(self._folder / METRICS):  # the last value of each
+            facts |= {name: row[name] for name in _IN_SUMMARY if name in row}
+        if self._data:
+            facts["unigram_entropy_nats"] = _mean(self._data, "unigram_entropy_nats")
+        _writing(lambda: summarise(self._folder, self._config.run.name, self._console, facts))
+        self._console.say(f"this process ran  {format_duration(elapsed_s)}")
+
+    @property
+    def _step_tokens(self) -> int:
+        return self._config.train.global_batch_samples * self._config.data.sequence_tokens
+
+    def _measured(self, result: StepResult) -> dict[str, float]:
+        row = {
+            "loss_nats": result.loss_nats,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            **self._throughput.take(),
+            "memory_bytes": peak_memory_bytes(),
+        }
+        for layer, weights in result.scale_weights.items():
+            row |= {f"scale_weight/layer_{layer:02d}/scale_{scale}": weight for scale, weight in enumerate(weights)}
+        return row
+
+    def __enter__(self) -> "RunOutput":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            self._log.close()
+
+
+_IN_SUMMARY = ("loss_nats", "validation_loss_nats", "validation_bits_per_byte", "tokens_per_s", "memory_bytes")
+
+
+def _writing(action: Any) -> Any:
+    """Run something that writes into the run's folder; a full disk becomes an error for people."""
+    try:
+        return action()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise TrainingError(f"the run's folder cannot be written ({error.filename or METRICS}): {reason}") from error
+
+
+def _described(config: Config) -> list[tuple[float, Manifest]]:
+    """Weights and manifests of the validation text's sources; empty unless all of them have one."""
+    found = [(source.weight, read_manifest(source.prefix)) for source in config.data.validation or config.data.train]
+    return found if all(manifest for _, manifest in found) else []
+
+
+def _mean(data: list[tuple[float, Manifest]], name: str) -> float:
+    """Mean of a number of the manifests, by the sources' weights."""
+    return sum(weight * getattr(manifest, name) for weight, manifest in data) / sum(weight for weight, _ in data)

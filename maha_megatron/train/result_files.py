@@ -1,0 +1,56 @@
+"""Dated records of measurements: JSON for machines and Markdown for people, with what it takes to repeat them."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maha_megatron.train.record import versions
+
+
+def hardware() -> str:
+    """The machine in words: its GPUs, or its CPU and cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores {platform.machine()}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; floats get four significant digits."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in ([*header], ["---"] * len(header), *cells))
+
+
+def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Write <tool>_<hardware>_<date>.md and .json.
+
+    Args:
+        folder: usually tools/results.
+        tool: name of the measurement.
+        text: Markdown body, tables included.
+        data: raw rows and settings, JSON-serialisable.
+
+    Returns:
+        Paths of the Markdown and of the JSON file.
+    """
+    today = date.today().isoformat()
+    command = shlex.join(["python", *sys.argv])
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
+    stem = folder / f"{tool}_{slug}_{today}"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"tool": tool, "date": today, "hardware": hardware(), "versions": versions(), "command": command, **data}
+    json_path, text_path = stem.with_suffix(".json"), stem.with_suffix(".md")
+    json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    facts = [f"- {name}: {record[name]}" for name in ("date", "hardware")]
+    facts.append("- versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
+    facts.append(f"- again: `{command}`")
+    text_path.write_text("\n".join([f"# {tool}", "", *facts, "", text.strip(), ""]), encoding="utf-8")
+    return text_path, json_path

@@ -1,0 +1,91 @@
+"""Whole training runs as measurements: started like a user starts them, read back from what they wrote.
+
+A trial is a process of its own (launch/pretrain.py under the DeepSpeed launcher), so that nothing of one leaks into the
+next and the measured program is the one that users run.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from maha_megatron.errors import TrainingError
+from maha_megatron.train.metrics import METRICS, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run to make.
+
+    Args:
+        name: names its folder and its row in a table.
+        config: what `--config` gets.
+        settings: `a.b=c` overrides, applied after `run.folder` and `run.name`.
+        processes: ranks to start on this machine.
+    """
+
+    name: str
+    config: Path
+    settings: tuple[str, ...] = ()
+    processes: int = 1
+
+
+def run_trial(trial: Trial, folder: Path, script: Path, *, timeout_s: float) -> list[dict[str, float]]:
+    """Run one trial to its end.
+
+    Args:
+        trial: what to run.
+        folder: receives one folder a trial, with the run and its console log.
+        script: path of launch/pretrain.py.
+        timeout_s: the run is ended, with every process it started, after so many seconds.
+
+    Returns:
+        The rows of its metrics.jsonl.
+
+    Raises:
+        TrainingError: the run failed or took too long; the message holds the end of its log.
+    """
+    run_folder = folder / trial.name
+    run_folder.mkdir(parents=True, exist_ok=True)
+    settings = (f"run.folder={run_folder}", f"run.name={trial.name}", "checkpoint.resume=false", *trial.settings)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(trial.processes)]
+    command += ["--master_port", str(_free_port()), str(script), "--config", str(trial.config)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    log = run_folder / "console.log"
+    with open(log, "w", encoding="utf-8") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            code = f"no end after {timeout_s:.0f} s"
+        finally:
+            _end_group(process)
+    if code != 0:
+        raise TrainingError(f"trial {trial.name} failed ({code}); the end of {log}:\n{_tail(log)}")
+    return read_rows(run_folder / METRICS)
+
+
+def column(rows: Sequence[dict[str, float]], name: str) -> dict[int, float]:
+    """One metric by step."""
+    return {int(row["step"]): row[name] for row in rows if name in row}
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself, with all its ranks
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _tail(path: Path, lines: int = 30) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

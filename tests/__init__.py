@@ -1,0 +1,1 @@
+"""Tests of maha_megatron; `bash tests/run.sh` runs them."""

@@ -1,0 +1,161 @@
+"""Every rule refuses what it is for, with a message that says what to change, and lets good configurations pass."""
+
+import inspect
+
+import pytest
+
+from maha_megatron.config import rules
+from maha_megatron.config.load import config_from_dict
+from maha_megatron.config.rules import RULES, TOPOLOGY_RULES, check_config, check_topology
+from maha_megatron.config.schema import Config
+from maha_megatron.errors import ConfigError
+
+# rule -> configurations it must refuse, each with words its message must hold
+REFUSED = {
+    "groups_divide_heads": [({"model": {"heads": 12, "kv_groups": 5}}, ["kv_groups = 5", "[1, 2, 3, 4, 6, 12]"])],
+    "head_width_is_even": [({"model": {"head_width": 63}}, ["head_width = 63", "64"])],
+    "pattern_fills_layers": [
+        ({"model": {"layers": 10, "attention": ["maha", "maha", "maha", "dense"]}}, ["layers = 10", "use 8 layers"]),
+        ({"model": {"attention": []}}, ["model.attention is empty"]),
+    ],
+    "windows_are_possible": [
+        ({"maha": {"ratio": 9}}, ["ratio = 9", "2..8"]),
+        ({"maha": {"windows": [3] * 9}}, ["9 scales", "at most 8", "maha.windows: [128, 112, 124, 64]"]),
+        ({"maha": {"windows": [128, 2, 1000]}}, ["windows[1] = 2", "holes", "at least 3"]),
+        ({"maha": {"windows": [128, 112, 124, 0]}}, ["windows[3] = 0", "at least 1"]),
+        ({"maha": {"windows": [9, 9, 9, 9]}, "data": {"sequence_tokens": 60}}, ["64 rows", "never completes"]),
+        ({"maha": {"ratio": 2}, "data": {"sequence_tokens": 65536}}, ["10 scales", "with maha.ratio: 4"]),
+    ],
+    "windows_reach_sequence": [
+        ({"maha": {"windows": [128, 112, 124, 63]}}, ["row 4095", "[128, 112, 124, 64]", "full_reach"]),
+        ({"maha": {"windows": [428]}}, ["row 428", "maha.full_reach: false"]),
+    ],
+    "tensor_within_groups": [({"parallel": {"tensor": 8}}, ["tensor = 8 exceeds model.kv_groups = 4"])],
+    "tensor_divides_model": [
+        ({"parallel": {"tensor": 3}}, ["tensor = 3", "kv_groups = 4", "ffn_hidden = 2048"]),
+        ({"model": {"ffn_hidden": 2050}, "parallel": {"tensor": 4}}, ["ffn_hidden = 2050"]),
+    ],
+    "tensor_divides_vocabulary": [
+        ({"model": {"vocabulary": 101, "vocabulary_multiple": 1}, "parallel": {"tensor": 2}}, ["101 rows", "of 2"])
+    ],
+    "sequence_parallel_is_possible": [
+        ({"parallel": {"sequence": True}}, ["parallel.tensor > 1"]),
+        ({"parallel": {"sequence": True, "tensor": 2}, "data": {"sequence_tokens": 129}}, ["129 rows", "tensor = 2"]),
+    ],
+    "zero_stage_exists": [({"zero": {"stage": 4}}, ["zero.stage = 4", "0, 1, 2 or 3"])],
+    "bf16_needs_zero": [({"zero": {"stage": 0}}, ["bf16", "zero.stage: 1", "fp32"])],
+    "fp32_gradients_stay_fp32": [
+        ({"train": {"precision": "fp32"}, "zero": {"accumulation_dtype": "bf16"}}, ["zero.accumulation_dtype"]),
+        ({"train": {"precision": "fp32"}, "zero": {"communication_dtype": "bf16"}}, ["zero.communication_dtype"]),
+    ],
+    "zero_keys_have_effect": [
+        ({"train": {"precision": "fp32"}, "zero": {"stage": 0, "overlap": True}}, ["zero.overlap", "stage: 0"]),
+        ({"train": {"precision": "fp32"}, "zero": {"stage": 0, "bucket_elements": 8}}, ["zero.bucket_elements"]),
+        ({"zero": {"overlap": True}}, ["zero.overlap", "use stage 2"]),
+    ],
+    "buckets_are_even": [({"zero": {"bucket_elements": 7}}, ["bucket_elements = 7", "even"])],
+    "micro_batch_divides_batch": [
+        ({"train": {"global_batch_samples": 10, "micro_batch_samples": 4}}, ["= 10", "= 4", "use 8 samples"])
+    ],
+    "schedule_fits_run": [
+        ({"train": {"steps": 99}}, ["100", "train.steps = 99"]),
+        ({"schedule": {"kind": "wsd", "decay_steps": 901}}, ["1001", "train.steps = 1000"]),
+        ({"schedule": {"final": 1.0}}, ["schedule.final = 1.0", "schedule.peak"]),
+    ],
+    "schedule_keys_have_effect": [
+        ({"schedule": {"decay_steps": 5}}, ["schedule.decay_steps", "cosine"]),
+        ({"schedule": {"kind": "wsd"}}, ["decay_steps > 0"]),
+        ({"schedule": {"kind": "constant", "final": 1e-5}}, ["schedule.final", "constant"]),
+    ],
+    "optimizer_keys_make_sense": [
+        ({"optimizer": {"name": "sgd", "beta1": 0.5}}, ["optimizer.beta1", "sgd"]),
+        ({"optimizer": {"beta2": 1.0}}, ["optimizer.beta2 = 1.0", "below 1"]),
+    ],
+    "validation_share_is_a_share": [
+        ({"data": {"validation_frac": 1.0}}, ["below 1"]),
+        ({"data": {"validation_frac": 0.1, "validation": [{"prefix": "v"}]}}, ["no effect beside data.validation"]),
+    ],
+    "sources_are_used": [({"data": {"train": [{"prefix": "c", "weight": 0}]}}, ["'c' has weight 0"])],
+    "attention_keys_have_effect": [
+        ({"model": {"attention": ["dense"]}, "maha": {"ratio": 2}}, ["maha.ratio", "no effect"]),
+        ({"dense": {"qk_norm": False}}, ["dense.qk_norm", "no effect"]),
+        (
+            {"maha": {"windows": [428], "full_reach": False, "downsampling": "mean", "ratio": 2}},
+            ["maha.downsampling, maha.ratio", "no effect"],
+        ),
+    ],
+}
+
+ACCEPTED = [
+    {},
+    {"train": {"precision": "fp32"}, "zero": {"stage": 0}},
+    {"maha": {"windows": [428], "full_reach": False}},
+    {"maha": {"windows": [4096]}},
+    {"maha": {"windows": [3, 3, 256]}},
+    {"maha": {"windows": [128, 112, 124, 70]}},
+    {"data": {"sequence_tokens": 5}},
+    {"data": {"sequence_tokens": 1_048_576}},
+    {"model": {"attention": ["dense"]}, "maha": {"backend": "naive"}},
+    {"parallel": {"tensor": 4, "sequence": True}},
+    {"zero": {"stage": 2, "overlap": True}},
+    {"zero": {"overlap": True, "accumulation_dtype": "bf16"}},
+    {"schedule": {"kind": "wsd", "decay_steps": 900}},
+    {"schedule": {"kind": "constant", "peak": 0.1}},
+    {"schedule": {"kind": "constant", "peak": 0.1, "final": 0.1}},
+    {"optimizer": {"name": "sgd"}},
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "tree", "words"), [(rule, *case) for rule, cases in REFUSED.items() for case in cases]
+)
+def test_rule_refuses_and_says_what_to_change(rule, tree, words):
+    config = config_from_dict(tree)
+    message = getattr(rules, rule)(config)
+    assert message is not None
+    for word in words:
+        assert word in message
+    with pytest.raises(ConfigError) as caught:
+        check_config(config)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("tree", ACCEPTED)
+def test_good_configurations_pass(tree):
+    check_config(config_from_dict(tree))
+
+
+def test_every_rule_is_applied_and_tried():
+    written = [
+        function
+        for name, function in inspect.getmembers(rules, inspect.isfunction)
+        if function.__module__ == rules.__name__ and not name.startswith(("_", "check_"))
+    ]
+    assert {*RULES, *TOPOLOGY_RULES} == set(written)
+    assert {rule.__name__ for rule in RULES} == set(REFUSED)
+
+
+def test_all_broken_rules_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        check_config(config_from_dict({"model": {"head_width": 63}, "zero": {"stage": 4}}))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_tensor_above_groups_has_one_message():
+    with pytest.raises(ConfigError) as caught:
+        check_config(config_from_dict({"parallel": {"tensor": 16}}))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_ranks_that_fit_pass(world_size):
+    check_topology(Config(), world_size)
+
+
+def test_ranks_must_divide():
+    config = config_from_dict({"parallel": {"tensor": 2}})
+    with pytest.raises(ConfigError, match=r"3 ranks do not divide into groups of parallel\.tensor = 2"):
+        check_topology(config, 3)
+    check_topology(config, 16)
+    with pytest.raises(ConfigError, match=r"global_batch_samples = 8 .* x 16 data-parallel ranks = 16; use 16 samples"):
+        check_topology(config, 32)

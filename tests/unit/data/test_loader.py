@@ -1,0 +1,244 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maha_megatron.config.schema import Config, Source
+from maha_megatron.data.loader import build_loader
+from maha_megatron.data.manifest import manifest_path
+from maha_megatron.errors import DataError
+from tests.support.pairs import END, VOCABULARY, random_documents
+
+S = 16
+
+
+def rows(batches: list) -> list[list[int]]:
+    """Every sample's tokens, in the order of the batches."""
+    return [sample for batch in batches for sample in batch.input_ids_t.reshape(-1, S).tolist()]
+
+
+def at_topology(config: Config, size: int, micro: int, global_batch: int = 8) -> Config:
+    train = replace(config.train, global_batch_samples=global_batch, micro_batch_samples=micro)
+    return replace(config, train=train)
+
+
+@pytest.fixture
+def mixed(write_pair: Callable[..., str], make_config: Callable[..., Config]) -> Config:
+    """Two sources of unequal weight, both short enough that a few steps cross epochs."""
+    return make_config(
+        write_pair("a", random_documents(20)), write_pair("b", random_documents(12, seed=1)), weights=(3, 1)
+    )
+
+
+def test_a_step_has_the_same_samples_at_every_topology(mixed: Config) -> None:
+    reference = build_loader(at_topology(mixed, 1, 1), data_parallel_rank=0, data_parallel_size=1)
+    for size, micro in [(1, 2), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)]:
+        loaders = [
+            build_loader(at_topology(mixed, size, micro), data_parallel_rank=rank, data_parallel_size=size)
+            for rank in range(size)
+        ]
+        for consumed in (0, 8, 800):
+            by_rank = [loader.step_batches(consumed) for loader in loaders]
+            assert all(len(batches) == 8 // (size * micro) for batches in by_rank)
+            in_global_order = [sample for turn in zip(*by_rank, strict=True) for sample in rows(list(turn))]
+            assert in_global_order == rows(reference.step_batches(consumed))
+            unmasked = sum(batch.unmasked for batches in by_rank for batch in batches)
+            assert unmasked == sum(batch.unmasked for batch in reference.step_batches(consumed))
+
+
+def test_the_samples_do_not_depend_on_the_batch_size_or_the_planned_steps(mixed: Config) -> None:
+    small = build_loader(mixed, data_parallel_rank=0, data_parallel_size=1)
+    longer = replace(mixed, train=replace(mixed.train, steps=99_999, global_batch_samples=16))
+    large = build_loader(longer, data_parallel_rank=0, data_parallel_size=1)
+    assert rows(large.step_batches(80)) == rows(small.step_batches(80)) + rows(small.step_batches(88))
+
+
+def test_a_new_loader_continues_where_the_old_one_stopped(mixed: Config) -> None:
+    old = build_loader(mixed, data_parallel_rank=0, data_parallel_size=1)
+    straight = [rows(old.step_batches(8 * step)) for step in range(20)]
+    resumed = build_loader(mixed, data_parallel_rank=0, data_parallel_size=1)
+    assert [rows(resumed.step_batches(8 * step)) for step in range(11, 20)] == straight[11:]
+
+
+def test_batches_are_packed_from_whole_samples(mixed: Config) -> None:
+    config = at_topology(mixed, 1, 4)
+    batch = build_loader(config, data_parallel_rank=0, data_parallel_size=1).step_batches(0)[0]
+    starts = batch.document_start_t.reshape(-1, S)
+    assert starts[:, 0].tolist() == [0, 16, 32, 48]
+    assert torch.equal(batch.loss_mask_t, batch.input_ids_t != END)
+    inputs, labels = batch.input_ids_t.reshape(-1, S), batch.labels_t.reshape(-1, S)
+    assert torch.equal(inputs[:, 1:], labels[:, :-1])
+
+
+def test_document_bounds_off_leaves_only_the_samples(mixed: Config) -> None:
+    free = replace(mixed, data=replace(mixed.data, document_bounds=False))
+    for bounded, unbounded in zip(
+        build_loader(mixed, data_parallel_rank=0, data_parallel_size=1).step_batches(0),
+        build_loader(free, data_parallel_rank=0, data_parallel_size=1).step_batches(0),
+        strict=True,
+    ):
+        assert unbounded.document_start_t.unique().tolist() == [0]
+        assert torch.equal(bounded.input_ids_t, unbounded.input_ids_t)
+        assert torch.equal(bounded.loss_mask_t, unbounded.loss_mask_t)
+
+
+def test_a_mixture_takes_its_shares(mixed: Config) -> None:
+    loader = build_loader(at_topology(mixed, 1, 8, 400), data_parallel_rank=0, data_parallel_size=1)
+    of_second = {tuple(document[:3]) for document in random_documents(12, seed=1)}
+    tokens = np.array(rows(loader.step_batches(0)))
+    second = {token for document in random_documents(12, seed=1) for token in document} - {
+        token for document in random_documents(20) for token in document
+    }
+    from_second = np.isin(tokens, list(second)).any(axis=1).sum()
+    assert of_second
+    assert 80 <= from_second <= 105  # a quarter of 400, less the samples with shared tokens only
+
+
+def test_validation_documents_are_not_training_documents(
+    write_pair: Callable[..., str], make_config: Callable[..., Config]
+) -> None:
+    # Every document has a token of its own.
+    config = make_config(write_pair("a", [[100 + i] * 30 + [END] for i in range(50)]))
+    train = build_loader(config, data_parallel_rank=0, data_parallel_size=1)
+    validation = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
+    trained = {token for step in range(60) for row in rows(train.step_batches(8 * step)) for token in row} - {END}
+    validated = {token for row in rows(list(validation.validation_batches())) for token in row} - {END}
+    assert trained == set(range(100, 140))
+    assert validated == set(range(140, 150))
+    assert train.tokens_per_epoch + validation.tokens_per_epoch == 50 * 31
+
+
+def test_validation_sources_of_their_own(write_pair: Callable[..., str], make_config: Callable[..., Config]) -> None:
+    config = make_config(
+        write_pair("a", [[100 + i] * 30 + [END] for i in range(50)]),
+        validation=(Source(prefix=write_pair("v", [[500 + i] * 30 + [END] for i in range(9)])),),
+    )
+    train = build_loader(config, data_parallel_rank=0, data_parallel_size=1)
+    validation = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
+    assert train.tokens_per_epoch == 50 * 31
+    assert min(min(row) for row in rows(list(validation.validation_batches())) if END not in row) >= 500
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 1), (2, 2), (4, 1), (3, 2)])
+def test_every_rank_validates_equally_often_on_the_same_samples(mixed: Config, size: int, micro: int) -> None:
+    config = at_topology(mixed, size, micro, global_batch=micro * size)
+    config = replace(config, train=replace(config.train, validation_samples=7))
+    single = at_topology(config, 1, 1)
+    reference = list(
+        build_loader(single, data_parallel_rank=0, data_parallel_size=1, split="validation").validation_batches()
+    )
+    assert len(reference) == 7
+    by_rank = [
+        list(
+            build_loader(
+                config, data_parallel_rank=rank, data_parallel_size=size, split="validation"
+            ).validation_batches()
+        )
+        for rank in range(size)
+    ]
+    assert {len(batches) for batches in by_rank} == {-(-7 // (size * micro))}
+    in_global_order = [sample for turn in zip(*by_rank, strict=True) for sample in rows(list(turn))]
+    assert in_global_order[:7] == rows(reference)
+    assert sum(b.unmasked for batches in by_rank for b in batches) == sum(b.unmasked for b in reference)
+
+
+def test_validation_uses_at_most_one_epoch(mixed: Config) -> None:
+    config = replace(mixed, train=replace(mixed.train, validation_samples=10_000))
+    loader = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
+    assert len(list(loader.validation_batches())) == loader.samples_per_epoch
+
+
+def build(config: Config, split: str = "train") -> None:
+    loader = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split=split)
+    for step in range(20):
+        loader.step_batches(8 * step)
+
+
+def test_the_vocabularies_must_agree(mixed: Config) -> None:
+    config = replace(mixed, model=replace(mixed.model, vocabulary=512))
+    with pytest.raises(DataError, match=r"has 1000 token ids, but model\.vocabulary = 512: set model\.vocabulary=1000"):
+        build(config)
+
+
+def test_sources_of_different_tokenizers_are_refused(
+    write_pair: Callable[..., str], make_config: Callable[..., Config]
+) -> None:
+    a = write_pair("a", random_documents(30))
+    b = write_pair("b", random_documents(30), tokenizer_fingerprint="test:2")
+    with pytest.raises(DataError, match=r"b was made with another tokenizer \(test:2.*test:1"):
+        build(make_config(a, b))
+
+
+def test_a_tokenizer_other_than_the_datas_is_refused(
+    write_pair: Callable[..., str], make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        vocabulary, end_of_document, fingerprint = VOCABULARY, END, "test:other"
+
+    monkeypatch.setattr("maha_megatron.data.loader.load_tokenizer", lambda _: Other())
+    config = make_config(write_pair("a", random_documents(30)), tokenizer="other.model")
+    with pytest.raises(DataError, match=r"a was made with another tokenizer \(test:1.*other\.model \(test:other"):
+        build(config)
+    manifest_path(config.data.train[0].prefix).unlink()
+    build(config)  # a pair without a manifest cannot be compared
+
+
+def test_without_tokenizer_and_manifest_the_end_is_unknown(
+    write_pair: Callable[..., str], make_config: Callable[..., Config]
+) -> None:
+    with pytest.raises(DataError, match=r"set data\.tokenizer"):
+        build(make_config(write_pair("a", random_documents(30), manifest=False)))
+
+
+def test_a_token_outside_the_vocabulary_is_named(
+    write_pair: Callable[..., str], make_config: Callable[..., Config]
+) -> None:
+    documents = random_documents(30)
+    documents[3][0] = 4321
+    config = make_config(write_pair("a", documents))
+    with pytest.raises(DataError, match=r"a\.bin holds the token id 4321, but model\.vocabulary = 1000"):
+        build(config)
+
+
+def test_documents_that_never_end_are_refused(
+    write_pair: Callable[..., str], make_config: Callable[..., Config]
+) -> None:
+    config = make_config(write_pair("a", [[5] * 40] * 30))
+    with pytest.raises(DataError, match=r"no document of .* ends with .* token 2.*data\.document_bounds=false"):
+        build(config)
+    build(replace(config, data=replace(config.data, document_bounds=False)))
+
+
+def test_nothing_to_read_is_refused(write_pair: Callable[..., str], make_config: Callable[..., Config]) -> None:
+    with pytest.raises(DataError, match=r"data\.train names no source"):
+        build(make_config())
+    config = make_config(write_pair("a", random_documents(30)), validation_frac=0.0)
+    build(config)
+    with pytest.raises(DataError, match=r"set data\.validation or data\.validation_frac"):
+        build(config, split="validation")
+
+
+def test_a_manifest_that_cannot_be_read_says_so(mixed: Config) -> None:
+    path = manifest_path(mixed.data.train[0].prefix)
+    whole = path.read_text()
+    for broken in (
+        whole[:50],
+        "[]",
+        whole.replace('"documents"', '"docs"'),
+        whole.replace('"format": 1', '"format": 2'),
+    ):
+        path.write_text(broken)
+        with pytest.raises(DataError, match=r"manifest\.json (is damaged|has format 2).*preprocess again"):
+            build(mixed)
+
+
+def test_the_index_lies_in_the_cache_folder_or_the_runs(mixed: Config, tmp_path: Path) -> None:
+    build(mixed)
+    assert len(list((tmp_path / "run" / "index").glob("[!.]*"))) > 0
+    build(replace(mixed, data=replace(mixed.data, cache=str(tmp_path / "cache"))))
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        path.name for path in (tmp_path / "run" / "index").iterdir()
+    }

@@ -1,0 +1,52 @@
+import random
+
+import pytest
+
+from maha_megatron.data.mixture import Mixture, floor_sum
+from maha_megatron.errors import DataError
+
+
+def test_floor_sum_equals_the_sum() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        terms, modulus = generator.randrange(0, 60), generator.randrange(1, 50)
+        factor, offset = generator.randrange(0, 99), generator.randrange(-200, 200)
+        expected = sum((factor * i + offset) // modulus for i in range(terms))
+        assert floor_sum(terms, modulus, factor, offset) == expected
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.7, 0.2, 0.1), (5, 0, 5), (1e-3, 1), (1,)])
+def test_sources_take_turns_in_proportion_and_in_order(weights: tuple[float, ...]) -> None:
+    mixture = Mixture(weights, seed=3)
+    taken = [0] * len(weights)
+    for sample in range(4000):
+        source, index = mixture.locate(sample)
+        assert index == taken[source]  # each source's own samples come one after another, none left out
+        taken[source] += 1
+        for count, weight in zip(taken, weights, strict=True):
+            assert abs(count - (sample + 1) * weight / sum(weights)) < 5
+    assert [count > 0 for count in taken] == [weight > 0 for weight in weights]
+
+
+def test_far_samples_are_found_without_the_ones_before() -> None:
+    mixture = Mixture((2, 1), seed=5)
+    expected = [None, None]
+    for sample in range(10**12, 10**12 + 200):
+        source, index = mixture.locate(sample)
+        assert abs(index - sample * (2, 1)[source] / 3) < 50
+        assert index == expected[source] or expected[source] is None
+        expected[source] = index + 1
+
+
+def test_the_seed_changes_the_turns_and_nothing_else_does() -> None:
+    def turns(mixture: Mixture) -> list[int]:
+        return [mixture.locate(i)[0] for i in range(200)]
+
+    assert turns(Mixture((2, 1), seed=5)) == turns(Mixture((4.0, 2.0), seed=5))
+    assert turns(Mixture((2, 1), seed=5)) != turns(Mixture((2, 1), seed=6))
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (1, -1, 5)])
+def test_weights_that_mean_nothing_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(DataError, match="must not be negative, and one must be positive"):
+        Mixture(weights, seed=0)

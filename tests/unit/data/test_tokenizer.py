@@ -1,0 +1,168 @@
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from maha_megatron.data.prepare.tokenizer_training import evenly, stretches, train_sentencepiece
+from maha_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from maha_megatron.errors import DataError
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\n\n\n",
+    "   leading and trailing   ",
+    "tab\tand\t\tmore\t\t\t\t\t\tthan\tfour",
+    "dos\r\nline\r\nends\r",
+    "nul \0 inside",
+    "emoji 😀 and 👩‍👩‍👧 family, e\u0301 combining, ﬁ ligature, Ⅷ, ½, \uff21\uff22 full width",
+    "the end is written </s>, the start <s>, unknown <unk>, a byte <0x41>",
+    "a sparkline ▁▂▃▄▅▆▇█ ▁▁ and a lone ▁",
+    "\u2585 \u2047 \ufeff \u200b \u00a0 \u3000 \u2028 \u2029",
+    "def f(x):\n    if x:\n\treturn '\\n'\n        \n",
+    "漢字かな交じり文 עברית العربية हिन्दी",
+    "".join(map(chr, range(1, 128))),
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    folder = Path(sentencepiece.__file__).parent
+    return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
+
+
+@pytest.fixture(scope="session", params=["bpe", "unigram"])
+def tokenizer(request: pytest.FixtureRequest, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp(request.param) / "small.model"
+    path.write_bytes(train_sentencepiece(stretches(texts), vocabulary=600, kind=request.param))
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_every_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_document not in ids
+    assert all(0 <= token < tokenizer.vocabulary for token in ids)
+
+
+def test_the_trained_vocabulary_suits_code(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.vocabulary == 600
+    for one_piece in ("        ", ":\n", "\t\t\t"):
+        assert len(tokenizer.encode(one_piece)) == 1, one_piece
+    assert len(texts[0].encode()) / len(tokenizer.encode(texts[0])) > 2.5
+
+
+def test_training_is_reproducible_and_the_fingerprint_tells_tokenizers_apart(texts: list[str], tmp_path: Path) -> None:
+    models = [train_sentencepiece(stretches(texts), vocabulary=size, kind="bpe") for size in (500, 500, 510)]
+    assert models[0] == models[1]
+    fingerprints = []
+    for number, model in enumerate(models):
+        path = tmp_path / f"{number}.model"
+        path.write_bytes(model)
+        fingerprints.append(load_tokenizer(path).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_too_little_text_for_the_vocabulary_is_said() -> None:
+    with pytest.raises(DataError, match=r"cannot learn 4096 pieces.*smaller --vocabulary"):
+        train_sentencepiece(["a b c"], vocabulary=4096, kind="unigram")
+
+
+def test_stretches_lose_nothing() -> None:
+    texts = ["short\n", "x" * 9000, "line of text\n" * 1000, ""]
+    pieces = list(stretches(texts))
+    assert "".join(pieces) == "".join(texts)
+    assert max(map(len, pieces)) <= 2000
+    assert all(piece.endswith("\n") for piece in pieces if "line" in piece)
+
+
+def test_a_sample_is_spread_over_the_text() -> None:
+    texts = [f"{i:04d}" for i in range(1000)]
+    assert list(evenly(texts, total_bytes=4000, sample_bytes=10_000)) == texts
+    sample = list(evenly(texts, total_bytes=4000, sample_bytes=400))
+    assert 90 <= len(sample) <= 101
+    assert int(sample[-1]) > 980
+    assert int(sample[50]) - int(sample[0]) > 400
+
+
+def test_a_model_without_an_end_is_refused(texts: list[str], tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[0].splitlines()), model_writer=model, vocab_size=300, eos_id=-1, minloglevel=2
+    )
+    (tmp_path / "endless.model").write_bytes(model.getvalue())
+    with pytest.raises(DataError, match=r"has no end-of-document token.*</s>"):
+        load_tokenizer(tmp_path / "endless.model")
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer at .*data_prep/train_tokenizer\.py"):
+        load_tokenizer(tmp_path / "missing.model")
+    with pytest.raises(DataError, match=r"holds no tokenizer\.json and 0 \.model files"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    with pytest.raises(DataError, match="is no SentencePiece model"):
+        load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot be read as a Hugging Face tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_folder_with_one_model_is_that_model(
+    tokenizer: SentencePieceTokenizer, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "m.model").write_bytes(train_sentencepiece(stretches(texts), vocabulary=500, kind="bpe"))
+    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(tmp_path / "m.model").fingerprint
+
+
+@pytest.fixture(scope="session")
+def byte_level(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A byte-level tokenizer.json whose end is <|endoftext|>."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    fast.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, "spelt out <|endoftext|> here"])
+def test_hugging_face_texts_come_back_exactly(byte_level: Path, text: str) -> None:
+    tokenizer = load_tokenizer(byte_level)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_document not in ids
+
+
+def test_a_hugging_face_folder_names_its_own_end(byte_level: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_file=str(byte_level), eos_token="<|endoftext|>").save_pretrained(tmp_path / "a")
+    folder, bare = load_tokenizer(tmp_path / "a"), load_tokenizer(byte_level)
+    assert isinstance(folder, HuggingFaceTokenizer)
+    assert (folder.vocabulary, folder.end_of_document) == (bare.vocabulary, bare.end_of_document) == (500, 0)
+    assert folder.fingerprint == bare.fingerprint
+    PreTrainedTokenizerFast(tokenizer_file=str(byte_level)).save_pretrained(tmp_path / "b")
+    with pytest.raises(DataError, match=r"has no end-of-document token: set eos_token"):
+        load_tokenizer(tmp_path / "b")
+
+
+def test_a_missing_package_names_the_extra(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DataError, match=r"pip install 'maha-megatron\[hf\]'"):
+        load_tokenizer(byte_level)

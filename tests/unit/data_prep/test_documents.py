@@ -1,0 +1,99 @@
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from maha_megatron.data.prepare.documents import PIECE_CHARACTERS, Document, read_documents
+from maha_megatron.errors import DataError
+
+TEXTS = ["first\nwith lines\r\n", "", "ünï\tcödé 😀", "\0 </s>"]
+
+
+def lines(key: str = "text") -> bytes:
+    return "".join(json.dumps({key: text}) + "\n" for text in TEXTS).encode()
+
+
+def texts_of(path: Path, **options) -> list[str]:
+    return [document.text for document in read_documents([str(path)], **options)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_every_container_gives_the_same_texts(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines()))
+    elif name.endswith(".zst"):  # two frames, as parallel writers leave them
+        compress = zstandard.ZstdCompressor().compress
+        path.write_bytes(compress(lines()[:30]) + compress(lines()[30:]))
+    elif name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "id": [1, 2, 3, 4]}), path)
+    else:
+        path.write_bytes(lines())
+    assert texts_of(path) == TEXTS
+
+
+def test_another_key(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("content"))
+    assert texts_of(tmp_path / "a.jsonl", key="content") == TEXTS
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 has no field 'text' \(it has: content\).*--json-keys"):
+        texts_of(tmp_path / "a.jsonl")
+
+
+def test_a_folder_is_read_sorted_with_its_text_files_only(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden")
+    (tmp_path / "b.txt").write_text("bee\n", newline="")
+    (tmp_path / "sub" / "a.c").write_text("int a;\r\n", newline="")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / "nul.dat").write_bytes(b"text\0text")
+    (tmp_path / "c.jsonl").write_bytes(lines())
+    assert texts_of(tmp_path) == ["bee\n", *TEXTS, "int a;\r\n"]
+    assert list(read_documents([str(tmp_path)], suffixes=[".c"])) == [
+        Document("int a;\r\n", str(tmp_path / "sub" / "a.c"))
+    ]
+    with pytest.raises(DataError, match=r"holds no file ending in"):
+        texts_of(tmp_path, suffixes=[".rs"])
+
+
+def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
+    text = "a line of text\n" * (PIECE_CHARACTERS // 10)
+    (tmp_path / "long.txt").write_text(text)
+    pieces = texts_of(tmp_path / "long.txt")
+    assert len(pieces) == 2
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces)
+    assert max(map(len, pieces)) <= PIECE_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"line 2 is no JSON"),
+        ("a.jsonl", b'["text"]\n', r"line 1 has no field 'text' \(it has: list\)"),
+        ("a.jsonl", b'{"text": 5}\n', r"field 'text' is no text but int"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n')[:-9], r"cannot be read.*repair it"),
+        ("a.jsonl.zst", b"no zstandard", r"cannot be read.*repair it"),
+        ("a.txt", b"\xff\xfe latin", r"cannot be read.*utf-8.*leave it out"),
+        ("a.parquet", b"no parquet", r"is no parquet file"),
+    ],
+)
+def test_damaged_inputs_name_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts_of(tmp_path / name)
+
+
+def test_a_parquet_file_without_the_column_lists_its_own(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'text' \(it has: body\)"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"input .*nothing does not exist"):
+        texts_of(tmp_path / "nothing")

@@ -1,0 +1,182 @@
+"""The three command lines, run as a user runs them."""
+
+import hashlib
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maha_megatron.data.manifest import read_manifest
+
+SCRIPTS = Path(__file__).parents[3] / "data_prep"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a script in this process; returns its exit code, output and errors."""
+
+    def call(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_from_this_machines_text_to_a_pair(run, tmp_path: Path) -> None:
+    corpus, model, prefix = tmp_path / "corpus.jsonl", tmp_path / "t.model", tmp_path / "corpus"
+    stages = [
+        ("make_corpus.py", "--output", corpus, "--bytes", "600kB"),
+        ("train_tokenizer.py", "--input", corpus, "--output", model, "--vocabulary", 512, "--sample", "300kB"),
+        (
+            *("preprocess.py", "--input", corpus, "--output-prefix", prefix, "--tokenizer-model", model),
+            *("--tokenizer-type", "SentencePieceTokenizer", "--json-keys", "text", "--append-eod", "--workers", 1),
+        ),
+    ]
+    for stage in stages:
+        code, out, err = run(*stage)
+        assert code == 0, err
+        assert "done already" not in out
+    manifest = read_manifest(f"{prefix}_text_document")
+    documents = [json.loads(line) for line in corpus.read_text().splitlines()]
+    assert manifest.documents == len(documents)
+    assert 300_000 < manifest.text_bytes <= 600_000
+    assert manifest.vocabulary == 512
+    assert f"{manifest.unigram_entropy_nats:.3f} nats per token" in out
+    record = json.loads((tmp_path / "corpus.jsonl.record.json").read_text())
+    assert record["text_bytes"] == manifest.text_bytes
+    assert record["sha256"] == manifest.sources_sha256
+    assert [document["source"] for document in documents] == [source for source, _ in record["files"]]
+
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    for stage in stages:
+        code, out, _ = run(*stage)
+        assert code == 0
+        assert "done already" in out
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    code, out, _ = run(*stages[0], "--force")
+    assert (code, "done already" in out) == (0, False)
+
+
+def test_the_default_corpus_is_mixed_and_without_tests(run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("make_corpus.py", "--output", tmp_path / f"{name}.jsonl", "--bytes", "2MB")[0] == 0
+    content = (tmp_path / "a.jsonl").read_bytes()
+    assert content == (tmp_path / "b.jsonl").read_bytes()
+    documents = [json.loads(line) for line in content.splitlines()]
+    sources = [document["source"] for document in documents]
+    assert sorted(sources, key=lambda source: hashlib.sha256(source.encode()).digest()) == sources
+    assert sources != sorted(sources)
+    assert len({document["text"] for document in documents}) == len(documents)
+    assert not any("/test" in source or "/encodings/" in source for source in sources)
+
+
+def test_any_folder_makes_a_corpus(run, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for number in range(5):
+        (tmp_path / "own" / f"{number}.txt").write_text(f"text {number}\n")
+    output = tmp_path / "own.jsonl"
+    code, out, err = run("make_corpus.py", "--input", tmp_path / "own", "--output", output, "--bytes", 21)
+    assert code == 0, err
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [
+        "text 0\n",
+        "text 1\n",
+        "text 2\n",
+    ]
+    assert "3 documents, 21 bytes" in out
+
+
+def test_a_data_set_is_streamed(run, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    arguments = ("make_corpus.py", "--dataset", tmp_path / "set", "--output", tmp_path / "c.jsonl")
+    code, _, err = run(*arguments, "--json-keys", "body")
+    assert code == 0, err
+    assert [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()] == ["one", "two"]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "has the fields body: name one by --json-keys" in err
+    code, _, err = run("make_corpus.py", "--dataset", tmp_path / "none", "--output", tmp_path / "c.jsonl")
+    assert code == 2
+    assert "cannot be streamed" in err
+
+
+def test_a_skip_imports_neither_torch_nor_megatron(run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to learn from, and some more of it\n" * 50)
+    model = tmp_path / "t.model"
+    stages = [
+        ["make_corpus.py", "--input", tmp_path / "a.txt", "--output", tmp_path / "c.jsonl"],
+        ["train_tokenizer.py", "--input", tmp_path / "a.txt", "--output", model, "--vocabulary", 290],
+        [
+            *("preprocess.py", "--input", tmp_path / "a.txt", "--output-prefix", tmp_path / "p"),
+            *("--tokenizer-model", model, "--workers", 1),
+        ],
+    ]
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'datasets', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for script, *arguments in stages:
+        assert run(script, *arguments)[0] == 0
+        again = subprocess.run(
+            [sys.executable, "-c", code, str(SCRIPTS / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert again.returncode == 0, again.stderr
+        assert "done already" in again.stdout
+
+
+def test_errors_are_one_line_and_code_2(run, tmp_path: Path) -> None:
+    missing = ("--input", tmp_path / "missing.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    (tmp_path / "bad.model").write_text("bad")
+    wrong_key = ("--input", tmp_path / "a.jsonl")
+    for arguments, message in [
+        (("make_corpus.py", *missing, "--output", tmp_path / "c.jsonl"), "does not exist"),
+        (("make_corpus.py", *wrong_key, "--output", tmp_path / "c.jsonl"), "has no field 'text' (it has: content)"),
+        (("train_tokenizer.py", *missing, "--output", tmp_path / "t.model"), "does not exist"),
+        (("train_tokenizer.py", *wrong_key, "--output", tmp_path / "t"), "must end in .model"),
+        (
+            (
+                "preprocess.py",
+                *wrong_key,
+                "--output-prefix",
+                tmp_path / "p",
+                "--tokenizer-model",
+                tmp_path / "bad.model",
+            ),
+            "is no SentencePiece model",
+        ),
+    ]:
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.splitlines()[-1].startswith("error: ")
+        assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "bad.model"]
+
+
+def test_the_tokenizer_type_must_be_what_is_there(run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to learn from, and some more of it\n" * 50)
+    assert (
+        run("train_tokenizer.py", "--input", tmp_path / "a.txt", "--output", tmp_path / "t.model", "--vocabulary", 290)[
+            0
+        ]
+        == 0
+    )
+    code, _, err = run(
+        *("preprocess.py", "--input", tmp_path / "a.txt", "--output-prefix", tmp_path / "p"),
+        *("--tokenizer-model", tmp_path / "t.model", "--tokenizer-type", "HuggingFaceTokenizer"),
+    )
+    assert code == 2
+    assert "is a SentencePieceTokenizer, not a HuggingFaceTokenizer" in err

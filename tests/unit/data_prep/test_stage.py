@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from maha_megatron.data.prepare.stage import (
+    finished_record,
+    input_identity,
+    parse_bytes,
+    record_path,
+    run_command,
+    whole_file,
+    write_record,
+)
+from maha_megatron.errors import DataError
+
+
+def test_a_stage_is_finished_only_with_its_arguments_and_outputs(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = {"bytes": 5, "input": [("a", 1)]}
+    assert finished_record(record_path(output), [output], arguments) is None
+    write_record(record_path(output), arguments, {"documents": 3})
+    assert finished_record(record_path(output), [output], arguments) is None  # the output is missing
+    output.touch()
+    assert finished_record(record_path(output), [output], arguments)["documents"] == 3
+    assert finished_record(record_path(output), [output], {**arguments, "bytes": 6}) is None
+    record_path(output).write_text('{"arguments": ')
+    assert finished_record(record_path(output), [output], arguments) is None
+
+
+def test_a_changed_input_has_another_identity(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("one")
+    before = input_identity([str(tmp_path)])
+    assert input_identity([str(tmp_path)]) == before
+    path.write_text("other")
+    assert input_identity([str(tmp_path)]) != before
+    with pytest.raises(DataError, match=r"input .*missing does not exist"):
+        input_identity([str(tmp_path / "missing")])
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    with whole_file(path) as partial:
+        partial.write_text("old")
+
+    def fail(error: Exception) -> None:
+        with whole_file(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(DataError, match=r"cannot write .*file: No space left on device"):
+        fail(OSError(28, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())
+    assert path.read_text() == "old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24MB", 24_000_000), ("1.5 gb", 1_500_000_000), ("800k", 800_000), ("17", 17)]
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+def test_a_size_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no size such as 24MB"):
+        parse_bytes("much")
+
+
+def test_an_error_for_the_user_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise DataError("the reason")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(fail)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: the reason\n"

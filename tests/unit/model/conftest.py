@@ -1,0 +1,1 @@
+from tests.support.one_rank import one_rank  # noqa: F401

@@ -1,0 +1,79 @@
+"""tools/flops.py: the promised figures, for people and for programs, without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+WITHOUT_TORCH = """
+import runpy, sys
+for name in ("torch", "numpy", "megatron", "deepspeed"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def flops(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "tools/flops.py", *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def report(model, *arguments):
+    done = flops("--config", f"configs/model/{model}.yaml", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_maha_saves_what_is_claimed():
+    found = report("maha", "--sequence", "4096")
+    assert found["saved_frac_all_in"] >= 0.81
+    assert round(found["saved_frac_pairs"], 3) == 0.826
+    assert round(found["saved_frac_loaded"], 3) == 0.765
+    assert found["visible_pairs"]["maha"] == 1_462_828
+
+
+def test_shares_stand_beside_it():
+    found = report("hybrid", "--sequence", "4096")
+    others = found["attention_share_frac_of_others"]
+    assert set(others) == {"maha", "hybrid", "window", "dense"}
+    assert found["attention_share_frac"] == others["hybrid"]["125m"]
+    for size in ("125m", "7b"):
+        assert others["maha"][size] < others["hybrid"][size] < others["dense"][size] < 1
+
+
+def test_sequence_overrides_the_files():
+    found = report("maha", "--sequence", "16384")
+    assert found["sequence_tokens"] == 16384
+    assert found["windows"] == [128, 112, 124, 127, 64]
+    assert found["saved_frac_all_in"] > 0.93
+
+
+def test_any_number_of_groups():
+    savings = [report("maha", "--set", f"model.kv_groups={groups}")["saved_frac_all_in"] for groups in (1, 4, 12)]
+    assert savings[0] > savings[1] > savings[2] >= 0.81
+
+
+def test_table_for_people():
+    done = flops("--config", "configs/model/maha.yaml")
+    assert done.returncode == 0
+    for text in ("124.8 M parameters", "82.6%", "76.5%", "82.0%", "pyramid", "attention's share of a step"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--config", "nowhere.yaml"], ["--config", "configs/model/maha.yaml", "--sequence", "0"]]
+)
+def test_user_errors_are_one_line(arguments):
+    done = flops(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,85 @@
+"""Train several architectures under the same settings and compare speed, memory and loss.
+
+    python tools/benchmark_training.py --models hybrid maha dense --size 125m --cluster 1gpu --steps 200 \
+        --set "data.train=[{prefix: data/corpus}]" --set data.tokenizer=data/tokenizer.model
+
+Every model runs launch/pretrain.py in a process of its own, on the same data in the same order. Speeds are medians over
+the logged steps after the first fifth. Results go to tools/results/ as Markdown and JSON, raw rows included.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from maha_megatron.errors import MahaError
+from maha_megatron.train.result_files import markdown_table, write_result
+from maha_megatron.train.trials import Trial, column, run_trial
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEADER = (
+    "model", "tokens/s", "TFLOP/s a device", "MFU %", "peak memory GiB", "loss, first step", "loss, last step",
+    "validation loss",
+)  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["hybrid", "maha", "dense"], help="names under configs/model")
+    parser.add_argument("--size", default="125m", help="name under configs/size")
+    parser.add_argument("--cluster", default="1gpu", help="name under configs/cluster")
+    parser.add_argument("--processes", type=int, default=1, help="ranks on this machine")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key in every run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_training"), help="receives the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
+    parser.add_argument("--timeout-s", type=float, default=900.0, help="limit of one run")
+    return parser.parse_args()
+
+
+def summary(model: str, rows: list[dict[str, float]], steps: int) -> list[object]:
+    """One row of the table."""
+    steady = [row for row in rows if row["step"] > steps // 5 and "tokens_per_s" in row]
+    losses, validation = column(rows, "loss_nats"), column(rows, "validation_loss_nats")
+    mfu = [100 * row["mfu_frac"] for row in steady if "mfu_frac" in row]
+    return [
+        model,
+        statistics.median(row["tokens_per_s"] for row in steady),
+        statistics.median(row["tflops_per_device"] for row in steady),
+        statistics.median(mfu) if mfu else "no stated peak",
+        max(row["memory_bytes"] for row in steady) / 2**30,
+        losses[min(losses)],
+        losses[max(losses)],
+        validation[max(validation)],
+    ]
+
+
+def main() -> None:
+    """Run every model, print and write the table."""
+    arguments = parse_arguments()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    table, raw = [], {}
+    for model in arguments.models:
+        config = arguments.folder / f"{model}.yaml"
+        fragments = [f"model/{model}", f"size/{arguments.size}", f"cluster/{arguments.cluster}"]
+        config.write_text(json.dumps({"extends": fragments}), encoding="utf-8")  # JSON is YAML
+        settings = (f"train.steps={arguments.steps}", *arguments.set)
+        trial = Trial(name=model, config=config, settings=settings, processes=arguments.processes)
+        rows = run_trial(trial, arguments.folder, ROOT / "launch" / "pretrain.py", timeout_s=arguments.timeout_s)
+        raw[model] = {"extends": fragments, "settings": settings, "rows": rows}
+        table.append(summary(model, rows, arguments.steps))
+        print(markdown_table(HEADER, table[-1:]).splitlines()[-1], flush=True)
+    text = markdown_table(HEADER, table)
+    text += f"\n\nSize {arguments.size}, {arguments.processes} process(es), settings: " + " ".join(arguments.set)
+    paths = write_result(arguments.results, "benchmark_training", text=text, data={"runs": raw})
+    print(text, *paths, sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MahaError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

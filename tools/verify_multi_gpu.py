@@ -1,0 +1,107 @@
+"""Show that every topology of two devices trains like one: losses over a run and the first gradient norm.
+
+    python tools/verify_multi_gpu.py --config configs/run/example_125m.yaml --steps 50 --set ...
+
+The yardstick is one device against itself: the same run with the micro-batch split in two. A topology passes when its
+losses stay within twice the largest difference of that pair, at every logged step, and its first gradient norm within
+twice the pair's difference or the stated floor. Works on CPUs too (gloo). Exit code 1 when a topology fails.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from maha_megatron.config.load import load_config
+from maha_megatron.errors import MahaError
+from maha_megatron.train.result_files import markdown_table, write_result
+from maha_megatron.train.trials import Trial, column, run_trial
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ONE, SPLIT = "1 device", "1 device, half micro-batch"
+HEADER = (
+    "topology", "largest loss difference", "against the bound", "first gradient norm", "relative difference", "verdict"
+)  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a run file")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each run")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key in every run")
+    parser.add_argument(
+        "--norm-floor", type=float, default=1e-3,
+        help="relative difference of the first gradient norm that bf16 rounding alone explains (default 1e-3)",
+    )  # fmt: skip
+    parser.add_argument("--folder", type=Path, default=Path("runs/verify_multi_gpu"), help="receives the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="limit of one run")
+    return parser.parse_args()
+
+
+def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
+    """The runs by title: the pair on one device, then every topology of two."""
+    micro = load_config(arguments.config, arguments.set).train.micro_batch_samples
+    if micro % 2:
+        raise MahaError(f"train.micro_batch_samples is {micro}; set an even number, since the yardstick halves it")
+    common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *arguments.set)
+    topologies = {
+        ONE: (1, ()),
+        SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),
+        "TP2": (2, ("parallel.tensor=2",)),
+        "TP2 + sequence parallel": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+        "DP2, ZeRO 1": (2, ("zero.stage=1",)),
+        "DP2, ZeRO 2": (2, ("zero.stage=2",)),
+        "DP2, ZeRO 3": (2, ("zero.stage=3",)),
+    }
+    return {
+        title: Trial(
+            name="".join(letter if letter.isalnum() else "_" for letter in title.lower()),
+            config=arguments.config,
+            settings=common + extra,
+            processes=processes,
+        )
+        for title, (processes, extra) in topologies.items()
+    }
+
+
+def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
+    """Largest difference of two loss curves, which must have the same steps."""
+    if a.keys() != b.keys():
+        raise MahaError(f"two runs logged different steps: {sorted(a)} and {sorted(b)}")
+    return max(abs(a[step] - b[step]) for step in a)
+
+
+def main() -> int:
+    """Run everything, print and write the table."""
+    arguments = parse_arguments()
+    rows = {}
+    for title, trial in trials(arguments).items():
+        print(f"running {title}", flush=True)
+        rows[title] = run_trial(trial, arguments.folder, ROOT / "launch" / "pretrain.py", timeout_s=arguments.timeout_s)
+    losses = {title: column(found, "loss_nats") for title, found in rows.items()}
+    norms = {title: column(found, "gradient_norm")[1] for title, found in rows.items()}
+    noise = largest_difference(losses[ONE], losses[SPLIT])
+    norm_bound = max(2 * abs(norms[SPLIT] / norms[ONE] - 1), arguments.norm_floor)
+    table, failed = [], False
+    for title in rows:
+        difference = largest_difference(losses[ONE], losses[title])
+        relative = abs(norms[title] / norms[ONE] - 1)
+        good = difference <= 2 * noise and relative <= norm_bound
+        failed |= not good
+        ratio = difference / (2 * noise) if noise else float(difference > 0)
+        table.append([title, f"{difference:.2e}", f"{ratio:.2f}", f"{norms[title]:.6f}", f"{relative:.1e}",
+                      "same" if good else "DIFFERS"])  # fmt: skip
+    text = markdown_table(HEADER, table)
+    text += f"\n\n{arguments.steps} steps; bound on the loss 2 x {noise:.2e} nats, on the norm {norm_bound:.1e}."
+    paths = write_result(arguments.results, "verify_multi_gpu", text=text, data={"runs": rows})
+    print(text, *paths, sep="\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MahaError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
