@@ -107,13 +107,14 @@ def _attend_scale(chunk: Chunk, scale: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def _attend_scale_backward(
     chunk: Chunk, scale: int, grad: torch.Tensor, offset: torch.Tensor, delta: torch.Tensor, grads: "_Gradients"
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Adds the gradients of one scale's keys and values; returns those of its rotated queries and of its utility.
 
-    grad [g, rows, n/g, d], offset [g, rows, n/g, L], delta [g, rows, n/g, 1].
+    grad [g, rows, n/g, d], offset [g, rows, n/g, L], delta [g, rows, n/g, 1]. The third result is the scale's weight.
     """
     rotated = chunk.rotated(scale)
     p = chunk.logits(rotated, scale).add_(offset[..., scale, None]).exp_()
+    weight = p.sum(-1, keepdim=True)
     grad_tiles, p_tiles = chunk.to_tiles(grad, scale), chunk.to_tiles(p, scale)
     grad_p = chunk.from_tiles(product(grad_tiles, chunk.tiles(chunk.call.values, scale).mT))
     grads.add_values(product(p_tiles.mT, grad_tiles), scale, chunk)
@@ -121,13 +122,14 @@ def _attend_scale_backward(
         grad_logits = grad_p.sub_(delta).mul_(p)
         grad_utility = grad_logits.sum(-1)
     else:
-        weight, share = p.sum(-1, keepdim=True), (p * grad_p).sum(-1, keepdim=True)
+        share = (p * grad_p).sum(-1, keepdim=True)
         own_delta = share / weight.clamp(min=torch.finfo(p.dtype).tiny)
         grad_logits = grad_p.sub_(own_delta).mul_(p)
         grad_utility = (share - weight * delta).squeeze(-1)
     logit_tiles = chunk.to_tiles(grad_logits, scale)
     grads.add_keys(product(logit_tiles.mT, chunk.to_tiles(rotated, scale)), scale, chunk)
-    return chunk.from_tiles(product(logit_tiles, chunk.tiles(chunk.call.keys, scale))), grad_utility
+    grad_rotated = chunk.from_tiles(product(logit_tiles, chunk.tiles(chunk.call.keys, scale)))
+    return grad_rotated, grad_utility, weight.squeeze(-1)
 
 
 class _Gradients:
@@ -146,8 +148,14 @@ class _Gradients:
     def add_values(self, tiles: torch.Tensor, scale: int, chunk: Chunk) -> None:
         add_tiles(self.values[scale], tiles, self.call.bands[scale], chunk.start, self.call.rows)
 
-    def add_queries(self, chunk: Chunk, rotated: tuple[torch.Tensor, ...], utility: tuple[torch.Tensor, ...]) -> None:
-        """From the gradients of every scale's rotated queries [g, rows, n/g, d] and utilities [g, rows, n/g]."""
+    def add_queries(
+        self,
+        chunk: Chunk,
+        rotated: tuple[torch.Tensor, ...],
+        utility: tuple[torch.Tensor, ...],
+        weight: tuple[torch.Tensor, ...],
+    ) -> None:
+        """From every scale: gradients of rotated queries [g, rows, n/g, d] and utilities, weights [g, rows, n/g]."""
         straight, turned = torch.zeros_like(chunk.normal), torch.zeros_like(chunk.normal)
         for scale, grad in enumerate(rotated):
             cos, sin = chunk.turns[scale]
@@ -156,6 +164,8 @@ class _Gradients:
         grad = straight.sub_(quarter_turn(turned))
         if self.call.rho is not None:
             grad_utility = torch.stack(utility, dim=-1)
+            # a change of all utilities alike changes nothing: take out what rounding left in that direction
+            grad_utility -= torch.stack(weight, dim=-1) * grad_utility.sum(-1, keepdim=True)
             grad += torch.einsum("grml,lgmd->grmd", grad_utility, chunk.rho)
             self.rho += torch.einsum("grml,grmd->lgmd", grad_utility, chunk.normal)
             self.beta += grad_utility.sum(1)
