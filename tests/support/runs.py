@@ -75,8 +75,7 @@ def started(config: Path, *overrides: str, kind: str = "python", ranks: int = 1)
     words = [*launcher(kind, ranks), str(ROOT / "launch/pretrain.py"), "--config", str(config)]
     for override in overrides:
         words += ["--set", override]
-    # DS_ACCELERATOR: the deepspeed launcher itself counts devices before our script can say there are none
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
