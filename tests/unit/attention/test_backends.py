@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from maha_megatron.attention.spec import DenseSpec, MahaSpec
-from tests.support.attention import FAST_BACKENDS, PACKED, Case, assert_close, leaves, reference, results
+from maha_megatron.attention import row_blocks
+from maha_megatron.attention.dispatch import backend as backend_named
+from maha_megatron.attention.scale_attention import chunks
+from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
+from tests.support.attention import FAST_BACKENDS, PACKED, Case, assert_close, leaves, reference, results, start_rows
 from tests.support.attention import attend as run
 
 
@@ -51,6 +54,21 @@ def test_forward_and_every_gradient_equal_the_reference(case, backend, dtype, to
     assert_close(results(case, backend, dtype), reference(case), tolerance)
 
 
+MANY_CHUNKS_CASES = [
+    Case(lengths=(150, 9, 400), n=2, g=1, d=8, spec=maha(windows=(20, 9, 6, 3, 1))),
+    Case(lengths=(400,), n=2, g=2, d=8, spec=maha(ratio=5, windows=(20, 9, 6, 3), lse_utility=False)),
+    DENSE_CASES[3],
+]
+
+
+@pytest.mark.parametrize("case", MANY_CHUNKS_CASES, ids=str)
+def test_eager_in_many_chunks_and_blocks_equals_the_reference(monkeypatch, case):
+    """Long sequences work through many chunks and blocks of rows, and strides longer than a chunk."""
+    monkeypatch.setitem(chunks._LOGITS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(row_blocks._BLOCK_ELEMENTS, "cpu", 200)
+    assert_close(results(case, "eager", torch.float64), reference(case), 1e-10)
+
+
 @pytest.mark.parametrize("case", [MAHA_CASES[6], MAHA_CASES[8], MAHA_CASES[9], DENSE_CASES[3]], ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_bf16_is_at_most_twice_as_far_from_exact_as_plain_torch_in_bf16(case, backend):
@@ -85,6 +103,25 @@ def rounded_reference(case: Case) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in found.items()} | {
         f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)
     }
+
+
+@pytest.mark.parametrize("downsampling", ["gated", "mean"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_every_level_of_the_pyramid_equals_the_reference_and_unused_slots_are_zero(backend, downsampling):
+    case = Case(lengths=PACKED, spec=maha(windows=(9, 9, 9, 9), downsampling=downsampling))
+    values = leaves(case, torch.float64)
+    gates = {name: values[name] for name in ("gate_query", "gate_bias") if name in values}
+    arguments = (
+        torch.stack((values["k"], values["v"]), 1),
+        start_rows(PACKED),
+        AttentionParameters(**gates),
+        case.spec,
+    )
+    found = backend_named(backend).build_pyramid(*arguments)
+    expected = backend_named("naive").build_pyramid(*arguments)
+    assert (expected[2] == 0).flatten(1).all(1).any(), "a slot without a complete block is among the cases"
+    for level, reference_level in zip(found, expected, strict=True):
+        torch.testing.assert_close(level, reference_level, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lse_utility", [True, False])
