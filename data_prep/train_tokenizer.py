@@ -17,6 +17,9 @@ from maha_megatron.data.prepare.stage import (
 )
 from maha_megatron.errors import DataError
 
+SAMPLE_BYTES = {"bpe": 16_000_000, "unigram": 3_000_000}
+"""About what two cores learn from in 10 seconds."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -26,11 +29,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000, help="token ids (default: 32000)")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe, much faster")
     parser.add_argument(
-        "--sample", type=parse_bytes, default=parse_bytes("16MB"), help="text to learn from (default: 16MB)"
+        "--sample", type=parse_bytes, help="text to learn from (default: 16MB for bpe, 3MB for unigram)"
     )
     parser.add_argument("--json-keys", default="text", help="field or column with the text (default: text)")
     parser.add_argument("--force", action="store_true", help="run again although it is done")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.sample = options.sample or SAMPLE_BYTES[options.model_type]
+    return options
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ exit codes:
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -98,6 +99,7 @@ def _report(text: str) -> None:
     """Say it once: rank 0 at once; another rank only if no launcher ends it first, because then rank 0 is well."""
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no longer a wish to stop after the step
         time.sleep(LAUNCHER_GRACE_S)
         text = f"rank {rank}: {text}"
     print(text, file=sys.stderr, flush=True)

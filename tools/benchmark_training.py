@@ -9,6 +9,7 @@ the logged steps after the first fifth. Results go to tools/results/ as Markdown
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ HEADER = (
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["hybrid", "maha", "dense"], help="names under configs/model")
+    parser.add_argument(
+        "--models", nargs="+", default=["hybrid", "maha", "dense"],
+        help='names under configs/model, each with settings of its own if you like: "dense data.document_bounds=false"',
+    )  # fmt: skip
     parser.add_argument("--size", default="125m", help="name under configs/size")
     parser.add_argument("--cluster", default="1gpu", help="name under configs/cluster")
     parser.add_argument("--processes", type=int, default=1, help="ranks on this machine")
@@ -62,15 +66,16 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     table, raw = [], {}
-    for model in arguments.models:
-        config = arguments.folder / f"{model}.yaml"
+    for model, *own in map(str.split, arguments.models):
+        name = "_".join([model, *(re.sub(r"[^A-Za-z0-9]+", "-", setting) for setting in own)])
+        config = arguments.folder / f"{name}.yaml"
         fragments = [f"model/{model}", f"size/{arguments.size}", f"cluster/{arguments.cluster}"]
         config.write_text(json.dumps({"extends": fragments}), encoding="utf-8")  # JSON is YAML
-        settings = (f"train.steps={arguments.steps}", *arguments.set)
-        trial = Trial(name=model, config=config, settings=settings, processes=arguments.processes)
+        settings = (f"train.steps={arguments.steps}", *arguments.set, *own)
+        trial = Trial(name=name, config=config, settings=settings, processes=arguments.processes)
         rows = run_trial(trial, arguments.folder, ROOT / "launch" / "pretrain.py", timeout_s=arguments.timeout_s)
-        raw[model] = {"extends": fragments, "settings": settings, "rows": rows}
-        table.append(summary(model, rows, arguments.steps))
+        raw[name] = {"extends": fragments, "settings": settings, "rows": rows}
+        table.append(summary(" ".join([model, *own]), rows, arguments.steps))
         print(markdown_table(HEADER, table[-1:]).splitlines()[-1], flush=True)
     text = markdown_table(HEADER, table)
     text += f"\n\nSize {arguments.size}, {arguments.processes} process(es), settings: " + " ".join(arguments.set)

@@ -1,6 +1,7 @@
 """The public functions of attention: MAHA and its dense peer, on raw projections of packed documents.
 
-Letters: t packed rows, n query heads, g KV groups, d head width, L scales, r ratio. Query head i reads group i // (n/g).
+Letters: t packed rows, n query heads, g KV groups, d head width, L scales, r ratio. Query head i reads
+group i // (n/g).
 """
 
 from collections.abc import Sequence

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from maha_megatron.attention.row_blocks import row_blocks
+
 
 def rotation(position: torch.Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every rotary angle.
@@ -56,22 +58,52 @@ def normalise_backward(
     return grad_x, grad_gain
 
 
+def normalise_rotate(
+    x: torch.Tensor, gain: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, epsilon: float, out: torch.Tensor
+) -> torch.Tensor:
+    """rotate(normalise(x)) of rows x [t, heads, d], into `out`; arithmetic in the dtype of cos and sin [t, 1, d]."""
+    gain = None if gain is None else gain.to(cos.dtype)
+    for start, stop in row_blocks(len(x), x[0].numel(), x.device):
+        rows = slice(start, stop)
+        out[rows] = rotate(normalise(x[rows].to(cos.dtype), gain, epsilon), cos[rows], sin[rows])
+    return out
+
+
+def normalise_rotate_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    epsilon: float,
+    out: torch.Tensor,
+) -> torch.Tensor | None:
+    """Gradient of `normalise_rotate`: that of x into `out`, that of the gain returned."""
+    wide_gain = None if gain is None else gain.to(cos.dtype)
+    grad_gain = None if gain is None else torch.zeros_like(wide_gain)
+    for start, stop in row_blocks(len(x), x[0].numel(), x.device):
+        rows = slice(start, stop)
+        share = rotate(grad[rows].to(cos.dtype), cos[rows], -sin[rows])
+        if gain is not None:
+            share, gain_share = normalise_backward(share, x[rows].to(cos.dtype), wide_gain, epsilon)
+            grad_gain += gain_share.sum(0)
+        out[rows] = share
+    return grad_gain
+
+
 class NormaliseRotate(torch.autograd.Function):
-    """rotate(normalise(x, gain)), computed in at least fp32, returned in x's dtype; keeps x, gain, cos and sin."""
+    """rotate(normalise(x)) in x's dtype; kept for backward are the arguments alone."""
 
     @staticmethod
     def forward(ctx, x, gain, cos, sin, epsilon):
         ctx.save_for_backward(x, gain, cos, sin)
         ctx.epsilon = epsilon
-        gain = None if gain is None else gain.to(cos.dtype)
-        return rotate(normalise(x.to(cos.dtype), gain, epsilon), cos, sin).to(x.dtype)
+        return normalise_rotate(x, gain, cos, sin, epsilon, torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, gain, cos, sin = ctx.saved_tensors
-        grad_x, grad_gain = rotate(grad.to(cos.dtype), cos, -sin), None
-        if gain is not None:
-            grad_x, grad_gain = normalise_backward(grad_x, x.to(cos.dtype), gain.to(cos.dtype), ctx.epsilon)
-            grad_gain = grad_gain.sum_to_size(gain.shape).to(gain.dtype)
-        return grad_x.to(x.dtype), grad_gain, None, None, None
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_gain = normalise_rotate_backward(grad, x, gain, cos, sin, ctx.epsilon, grad_x)
+        return grad_x, None if gain is None else grad_gain.to(gain.dtype), None, None, None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from maha_megatron.data.prepare.stage import whole_file
 from maha_megatron.errors import DataError
 
 FORMAT = 1
@@ -69,7 +70,5 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Write the manifest of a pair, all or nothing."""
-    path = manifest_path(prefix)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(manifest_path(prefix)) as partial:
+        partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ from maha_megatron.parallel import compat, groups
 from maha_megatron.parallel.gradients import sum_partial_gradients
 from maha_megatron.parallel.mpu import Mpu
 from maha_megatron.train.engine_files import CarefulFiles
-from maha_megatron.train.guards import StepPlace, check_finite
+from maha_megatron.train.guards import StepPlace, check_finite, not_finite
 from maha_megatron.train.optimizer import build_optimizer, set_hyperparameters
 
 
@@ -95,7 +95,8 @@ class Engine:
             TrainingError: the loss or the gradient norm is not finite; the weights are as before.
         """
         loss = self.accumulate(batches, with_scale_weights=with_scale_weights)
-        check_finite(loss, "loss", place, self._where(batches))
+        if not math.isfinite(loss):
+            raise not_finite(loss, "loss", place, self._where(batches))
         norm, applied_rate = self.update(learning_rate, place)
         return StepResult(
             loss_nats=loss,
@@ -178,6 +179,7 @@ class Engine:
 
     def _mean_scale_weights(self) -> dict[int, list[float]]:
         weights = self._inner.module.scale_weights()
+        self._inner.module.collect_scale_weights = False
         if not weights:
             return {}
         mean_ml = torch.stack(list(weights.values()))  # m layers that have scales, l scales

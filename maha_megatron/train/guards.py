@@ -54,15 +54,27 @@ class StepPlace:
         return f"samples {self.first_sample} to {self.first_sample + self.samples - 1} of the data order"
 
 
-def check_finite(value: float, what: str, place: StepPlace, where: str = "") -> None:
+def check_finite(value: float, what: str, place: StepPlace) -> None:
     """Stop before the weights change if the loss or the gradient norm of a step is not a finite number.
 
     Raises:
         TrainingError: names the step and its samples.
     """
     if not math.isfinite(value):
-        raise TrainingError(
-            f"the {what} of step {place.step} is {value}: the run stops before the weights change. The batch is "
-            f"{place}{where}. Look at that text, lower schedule.peak or optimizer.clip_norm, and continue from the "
-            "last checkpoint"
-        )
+        raise not_finite(value, what, place)
+
+
+def not_finite(value: float, what: str, place: StepPlace, where: str = "") -> TrainingError:
+    """The error for a loss or gradient norm that is not a finite number.
+
+    Args:
+        value: what it is instead.
+        what: its name.
+        place: the step and its samples.
+        where: what more is known of the place, in parentheses.
+    """
+    return TrainingError(
+        f"the {what} of step {place.step} is {value}: the run stops before the weights change. The batch is "
+        f"{place}{where}. Look at that text, lower schedule.peak or optimizer.clip_norm, and continue from the "
+        "last checkpoint"
+    )

@@ -49,8 +49,8 @@ class RunOutput:
         """Say what is about to run."""
         steps, tokens = self._config.train.steps - state.step, self._step_tokens
         self._console.say(
-            f"{self._config.run.name}: {format_count(total_parameters(self._config))} parameters, {self._devices} rank(s), "
-            f"{engine.optimizer_class}; {f'continuing after step {state.step}' if state.step else 'new run'}"
+            f"{self._config.run.name}: {format_count(total_parameters(self._config))} parameters on {self._devices} "
+            f"rank(s), {engine.optimizer_class}; {f'continuing after step {state.step}' if state.step else 'new run'}"
         )
         self._console.say(
             f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"

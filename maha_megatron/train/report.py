@@ -97,6 +97,8 @@ def summarise(folder: Path, name: str, console: Console, facts: Mapping[str, Any
     console.say(f"TensorBoard      tensorboard --logdir {folder / TENSORBOARD}")
     console.say(f"loss plot        {plot} (its data: {folder / METRICS})")
     console.say(f"trained          {facts['steps']} steps, {format_count(facts['tokens'])} tokens")
+    if "validation_loss_nats" not in facts:  # somebody removed metrics.jsonl
+        return
     line = f"validation loss  {facts['validation_loss_nats']:.4f} nats a token"
     if "validation_bits_per_byte" in facts:
         line += f", {facts['validation_bits_per_byte']:.4f} bits a byte"

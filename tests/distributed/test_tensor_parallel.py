@@ -44,8 +44,21 @@ ROWS, STARTS = 64, (0, 21, 32, 33)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    return run_ranks(_all_results, 2)[0]
+def both_ranks() -> list[dict[str, Any]]:
+    return run_ranks(_all_results, 2, timeout_s=300)
+
+
+@pytest.fixture(scope="module")
+def results(both_ranks) -> dict[str, Any]:
+    return both_ranks[0]
+
+
+@pytest.mark.parametrize("topology", ["tensor", "sequence"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_ranks_see_the_same_loss(both_ranks, name, topology):
+    first, second = (results[name][topology] for results in both_ranks)
+    assert torch.equal(first["loss"], second["loss"])
+    assert torch.equal(first["logits"], second["logits"])
 
 
 @pytest.mark.parametrize("topology", ["tensor", "sequence"])

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from maha_megatron.parallel.compat import free_port
-
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """Call `function(rank, *args)` on every rank and return what they returned, by rank.
@@ -24,6 +22,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         torch.multiprocessing.ProcessRaisedException: a rank raised; the message is its traceback, the others are ended.
         TimeoutError: not done after timeout_s; every rank has been killed.
     """
+    from maha_megatron.parallel.compat import free_port  # here, so that the ranks import no more than they need
+
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
             _rank_main,

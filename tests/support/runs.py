@@ -2,14 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from maha_megatron.parallel.compat import free_port
@@ -68,23 +69,18 @@ def launcher(kind: str, ranks: int = 1) -> list[str]:
     }[kind]
 
 
-def start(
-    config: Path, *overrides: str, kind: str = "python", ranks: int = 1, extra: Sequence[str] = ()
-) -> subprocess.Popen:
-    """Start pretraining in a process group of its own."""
-    words = [*launcher(kind, ranks), str(ROOT / "launch/pretrain.py"), "--config", str(config), *extra]
+@contextmanager
+def started(config: Path, *overrides: str, kind: str = "python", ranks: int = 1) -> Iterator[subprocess.Popen]:
+    """Pretraining that is running; whatever of it still runs at the end is killed."""
+    words = [*launcher(kind, ranks), str(ROOT / "launch/pretrain.py"), "--config", str(config)]
     for override in overrides:
         words += ["--set", override]
-    # DS_ACCELERATOR: the deepspeed launcher itself counts devices before our script can say there are none
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(
-        words,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        kill(process)
 
 
 def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
@@ -92,7 +88,7 @@ def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> tuple[int
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        kill_group(process)
+        kill(process)
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout_s} s:\n{output[-3000:]}")
     return process.returncode, output
@@ -100,12 +96,30 @@ def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> tuple[int
 
 def pretrain(config: Path, *overrides: str, **how: Any) -> tuple[int, str]:
     """Start and wait: exit code and output."""
-    return finish(start(config, *overrides, **how))
+    with started(config, *overrides, **how) as process:
+        return finish(process)
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL to a started process and everything it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+def processes(process: subprocess.Popen) -> list[psutil.Process]:
+    """A started process and everything below it, also in other sessions (torchrun gives each rank its own)."""
+    try:
+        top = psutil.Process(process.pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes below a launcher: those whose program is pretrain.py."""
+    return [found for found in processes(process) if any(word.endswith("pretrain.py") for word in found.cmdline()[1:3])]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a started process and everything below it."""
+    for found in processes(process):
+        with suppress(psutil.NoSuchProcess):
+            found.kill()
+    process.wait()
 
 
 def wait_for_step(process: subprocess.Popen, run_folder: Path, step: int, timeout_s: float = TIMEOUT_S) -> None:
@@ -115,7 +129,7 @@ def wait_for_step(process: subprocess.Popen, run_folder: Path, step: int, timeou
         if any(row["step"] >= step for row in read_rows(run_folder / METRICS)):
             return
         time.sleep(0.02)
-    kill_group(process)
+    kill(process)
     pytest.fail(f"step {step} was not reached:\n{process.communicate()[0][-3000:]}")
 
 

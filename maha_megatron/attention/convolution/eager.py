@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from maha_megatron.attention.convolution.naive import DILATION, KERNEL
+from maha_megatron.attention.row_blocks import row_blocks
 
 _SHIFTS = tuple(DILATION * (KERNEL - 1 - tap) for tap in range(KERNEL))  # tap 0 reads 4 rows back, tap 2 the row itself
-_BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
 
 
 def convolve(q_tnd, k_tgd, v_tgd, document_start_t, weight):
@@ -32,7 +32,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, taps, position)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         weights, inside = _prepare(x, taps, position)
-        for start, stop in _blocks(x):
+        for start, stop in row_blocks(len(x), x[0].numel(), x.device):
             sources, mixed = _mix(x, weights, inside, start, stop)
             out[start:stop] = F.silu(mixed).add_(sources[-1])
         return out
@@ -44,7 +44,7 @@ class _Convolution(torch.autograd.Function):
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         weights, inside = _prepare(x, taps, position)
         grad_weights = torch.zeros_like(weights)
-        for start, stop in _blocks(x):
+        for start, stop in row_blocks(len(x), x[0].numel(), x.device):
             reach = min(stop + max(_SHIFTS), len(x))
             sources, mixed = _mix(x, weights, inside, start, reach)
             gate = mixed.sigmoid()
@@ -76,8 +76,3 @@ def _mix(x, weights, inside, start, stop):
     for rows, weight in zip(sources[1:], weights[1:], strict=True):
         mixed.addcmul_(rows, weight)
     return sources, mixed
-
-
-def _blocks(x):
-    rows = max(_BLOCK_ELEMENTS["cpu" if x.device.type == "cpu" else "cuda"] // x[0].numel(), 1)
-    return [(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]

@@ -13,6 +13,7 @@ exceeds the rows processed at once, these are one tile and its band is w slots a
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from maha_megatron.attention.slots import visible_slots
 from maha_megatron.scales import slot_count, stride
@@ -78,22 +79,16 @@ def visibility_bias(band: Band, row: torch.Tensor, document: torch.Tensor, dtype
     first, end = visible_slots(row, document, band.stride_rows, band.window)
     tile_start = row // band.tile_rows * band.tile_rows
     base = tile_start // band.stride_rows - band.lookback
-    slot = torch.arange(band.width, device=row.device)
-    hidden = (slot < (first - base)[:, None]) | (slot >= (end - base)[:, None])
-    return torch.zeros(hidden.shape, dtype=dtype, device=row.device).masked_fill_(hidden, -torch.inf)
+    # slots first..end-1 lie less than half their count from their middle; this form has vectorised kernels on a CPU
+    half = ((end - first) / 2).to(dtype)[:, None]
+    middle = ((first + end - 1 - 2 * base) / 2).to(dtype)[:, None]
+    inside = half - (torch.arange(band.width, device=row.device, dtype=dtype) - middle).abs_()
+    return F.threshold_(inside, 0.0, -torch.inf).clamp_(max=0.0)
 
 
-def pad_slots(x_gmd: torch.Tensor, band: Band, rows: int) -> torch.Tensor:
-    """Zero slots before and after [g, slots, d], so that every band of `rows` rows (whole chunks) is inside."""
-    total = (rows - band.tile_rows) // band.stride_rows + band.width
-    padded = x_gmd.new_zeros(x_gmd.shape[0], total, x_gmd.shape[2])
-    unpad_slots(padded, band, x_gmd.shape[1]).copy_(x_gmd)
-    return padded
-
-
-def unpad_slots(padded: torch.Tensor, band: Band, slots: int) -> torch.Tensor:
-    """View of the real slots of a padded tensor."""
-    return padded[:, band.lookback : band.lookback + slots]
+def padded_shape(groups: int, width: int, band: Band, rows: int) -> tuple[int, int, int]:
+    """Shape of keys or values by slot with `lookback` slots in front and enough behind for `rows` rows of tiles."""
+    return groups, (rows - band.tile_rows) // band.stride_rows + band.width, width
 
 
 def gather_tiles(padded: torch.Tensor, band: Band, start: int, rows: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from maha_megatron.model.gpt import build_gpt
 from maha_megatron.model.init import initial_value, initialise_parameters
 from maha_megatron.model.names import logical_names
-from tests.support.model import tiny_config
+from tests.support.model import random_model, tiny_config
 
 
 @pytest.fixture
@@ -63,3 +63,9 @@ def test_partitioned_parameters_are_written_inside_the_gather(one_rank):
 
     initialise_parameters(model, config, gather=gather)
     assert [id(parameter) for parameter in gathered] == [id(parameter) for parameter in model.parameters()]
+
+
+def test_randomising_leaves_no_parameter_at_its_start(parameters):
+    """The helper that every equality test leans on."""
+    for (name, start), parameter in zip(parameters.items(), random_model(tiny_config()).parameters(), strict=True):
+        assert not torch.isclose(parameter, start).any(), name

@@ -1,6 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import maha_megatron.model
+from maha_megatron.config.accounting import total_parameters
+from maha_megatron.model.gpt import build_gpt
 from maha_megatron.model.init import decays_weight
 from maha_megatron.model.names import cut_shard, full_shape, logical_names, merge_shards, sharding
 from tests.support.model import random_model, tiny_config
@@ -29,6 +35,24 @@ def test_the_names_of_a_hybrid_are_fixed(one_rank):
     """These names are keys of checkpoints: a change here is a migration."""
     expected = OUTSIDE | {f"layers.0.{name}" for name in LAYER | MAHA} | {f"layers.1.{name}" for name in LAYER}
     assert set(logical_names(random_model(tiny_config()))) == expected
+
+
+def test_the_readme_lists_every_name_with_its_cut_and_its_decay():
+    text = (Path(maha_megatron.model.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.{}]+)`.*\| ([-\d]) \| (yes|no) \|", text, flags=re.MULTILINE)
+    assert {name.removeprefix("layers.{i}.") for name, _, _ in rows} == OUTSIDE | LAYER | MAHA
+    for name, cut, decays in rows:
+        name = name.format(i=0)
+        assert cut == ("-" if sharding(name).dim is None else str(sharding(name).dim)), name
+        assert (decays == "yes") == decays_weight(name, 1 if cut == "-" else 2), name
+
+
+@pytest.mark.parametrize("kind", ["maha", "dense"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_has_the_parameters_that_the_accounting_counts(one_rank, kind, tied):
+    config = tiny_config(model__attention=(kind,), model__tied_embeddings=tied)
+    model = build_gpt(config, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == total_parameters(config)
 
 
 def test_a_tied_output_has_no_name_of_its_own(one_rank):

@@ -5,9 +5,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from maha_megatron.errors import TrainingError
-from maha_megatron.train.guards import StepPlace, StopSignal, check_finite
+from maha_megatron.train.guards import StepPlace, StopSignal, check_finite, make_deterministic
 
 
 @pytest.fixture
@@ -47,3 +48,14 @@ def test_not_finite_names_step_and_samples(value: float) -> None:
 
 def test_finite_passes() -> None:
     check_finite(1e30, "loss", StepPlace(step=7, first_sample=48, samples=8))
+
+
+def test_deterministic_kernels_are_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,124 @@
+"""What banded scale attention holds while it runs: a call's keys and values, and one chunk's queries.
+
+Shapes: queries and logits of a chunk are [g, rows, n/g, z]; as operands of a matrix product they are cut into tiles,
+[g * tiles, tile rows * n/g, z], against the tiles' bands of keys or values, [g * tiles, width, d]. So the query heads
+of a KV group share one product, and keys are never repeated.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from maha_megatron.attention.normalise_rotate import normalise, normalise_rotate, quarter_turn, rotation
+from maha_megatron.attention.scale_attention.bands import Band, gather_tiles, padded_shape, plan_bands, visibility_bias
+from maha_megatron.attention.slots import slots_of
+from maha_megatron.attention.spec import MahaSpec
+
+# logits of one scale that exist at once: they stay in the cache of a CPU, and fill a GPU
+_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Batched matrix product; low-precision operands (CUDA only) give an fp32 result."""
+    return torch.bmm(a, b) if a.dtype.itemsize >= 4 else torch.bmm(a, b, out_dtype=torch.float32)
+
+
+class Call:
+    """What one call holds for all its chunks: parameters in the dtype of the arithmetic, padded keys and values.
+
+    Logits, softmax and accumulation are in at least fp32. Matrix products read operands in the inputs' dtype on CUDA,
+    where tensor cores want them, and in the arithmetic's elsewhere.
+    """
+
+    def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, levels):
+        rows, heads, _ = q.shape
+        self.q, self.levels, self.spec = q, levels, spec
+        self.query_gain, self.key_gain, self.rho, self.beta = query_gain, key_gain, rho, beta
+        self.groups, self.dtype = levels[0].shape[2], torch.promote_types(q.dtype, torch.float32)
+        self.operand = q.dtype if q.device.type == "cuda" else self.dtype
+        limit = _LOGITS_PER_CHUNK["cuda" if q.device.type == "cuda" else "cpu"] // (heads * 2 * max(spec.windows))
+        plan = plan_bands(rows, spec.ratio, spec.windows, limit)
+        self.rows, self.bands = plan.chunk_rows, plan.bands
+        self.padded_rows = -(-rows // self.rows) * self.rows
+        # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
+        self.document = F.pad(document_start_t, (0, self.padded_rows - rows), value=rows)
+        self.keys = [self._padded(scale) for scale in range(spec.scales)]
+        self.values = [self._padded(scale) for scale in range(spec.scales)]
+        for scale, level in enumerate(levels):
+            turn = self.key_rotation(scale)
+            normalise_rotate(level[:, 0], key_gain, *turn, spec.norm_epsilon, self.slots_view(self.keys, scale))
+            self.slots_view(self.values, scale).copy_(level[:, 1])
+
+    def _padded(self, scale: int) -> torch.Tensor:
+        shape = padded_shape(self.groups, self.q.shape[-1], self.bands[scale], self.padded_rows)
+        return torch.zeros(shape, dtype=self.operand, device=self.q.device)
+
+    def slots_view(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
+        """The real slots of a padded tensor [g, slots, d] as rows: [slots, g, d]."""
+        first = self.bands[scale].lookback
+        return padded[scale][:, first : first + len(self.levels[scale])].transpose(0, 1)
+
+    def key_rotation(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [slots, 1, d]: position b + (R - 1) / R of block b is that of its last row, over R."""
+        band = self.bands[scale]
+        slots = slots_of(self.document[: len(self.q)], band.stride_rows)
+        position = (slots.last_row - slots.document).double() / band.stride_rows
+        return rotation(position[:, None], self.q.shape[-1], self.spec.rope_base, self.dtype)
+
+    def read_rows(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows of the chunk at `start`, by KV group: [t, n, ...] -> [g, rows, n/g, ...], zero beyond the sequence."""
+        rows = x[start : start + self.rows].unflatten(1, (self.groups, -1)).transpose(0, 1).to(self.dtype)
+        return F.pad(rows, (0, 0, 0, 0, 0, self.rows - rows.shape[1])).contiguous()
+
+    def write_rows(self, x: torch.Tensor, rows: torch.Tensor, start: int) -> None:
+        """The inverse of `read_rows`: into [t, n, ...], leaving out what lies beyond the sequence."""
+        target = x[start : start + self.rows].unflatten(1, (self.groups, -1)).transpose(0, 1)
+        target.copy_(rows[:, : target.shape[1]])
+
+
+class Chunk:
+    """Queries of `rows` consecutive rows: raw and normalised [g, rows, n/g, d], utilities [g, rows, n/g, L]."""
+
+    def __init__(self, call: Call, start: int):
+        self.call, self.start = call, start
+        self.row = torch.arange(start, start + call.rows, device=call.q.device)
+        self.document = call.document[start : start + call.rows]
+        self.raw = call.read_rows(call.q, start)
+        self.gain = call.query_gain.to(call.dtype).unflatten(0, (call.groups, 1, -1))
+        self.normal = normalise(self.raw, self.gain, call.spec.norm_epsilon)
+        self.turned = quarter_turn(self.normal)
+        self.turns = [self._turn(band) for band in call.bands]
+        self.utility = self.normal.new_zeros(*self.normal.shape[:-1], 1)
+        if call.rho is not None:
+            self.rho = call.rho.to(call.dtype).unflatten(1, (call.groups, -1))
+            self.utility = torch.einsum("grmd,lgmd->grml", self.normal, self.rho)
+            self.utility += call.beta.to(call.dtype).unflatten(1, (call.groups, 1, -1)).movedim(0, -1)
+
+    def _turn(self, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
+        width = self.raw.shape[-1]
+        position = (self.row - self.document).double() / band.stride_rows
+        cos, sin = rotation(position[:, None], width, self.call.spec.rope_base, self.call.dtype)
+        return cos * width**-0.5, sin * width**-0.5
+
+    def rotated(self, scale: int) -> torch.Tensor:
+        """Queries as the logits of one scale read them."""
+        cos, sin = self.turns[scale]
+        return (self.normal * cos).addcmul_(self.turned, sin)
+
+    def logits(self, rotated: torch.Tensor, scale: int) -> torch.Tensor:
+        """[g, rows, n/g, width of the band], -inf where a slot is not visible."""
+        logits = self.from_tiles(product(self.to_tiles(rotated, scale), self.tiles(self.call.keys, scale).mT))
+        bias = visibility_bias(self.call.bands[scale], self.row, self.document, logits.dtype)
+        return logits.add_(bias[:, None])
+
+    def tiles(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
+        """Keys or values of the bands of this chunk: [g * tiles, width of the band, d]."""
+        return gather_tiles(padded[scale], self.call.bands[scale], self.start, self.call.rows)
+
+    def to_tiles(self, x: torch.Tensor, scale: int) -> torch.Tensor:
+        """[g, rows, n/g, z] -> [g * tiles, tile rows * n/g, z], an operand of a matrix product."""
+        count = self.call.rows // self.call.bands[scale].tile_rows
+        return x.to(self.call.operand).reshape(x.shape[0] * count, -1, x.shape[-1])
+
+    def from_tiles(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(self.call.groups, self.call.rows, -1, x.shape[-1])

@@ -1,0 +1,103 @@
+"""Cases, inputs and runs for tests of attention; learned parameters are always random, gains included."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from maha_megatron.attention.api import dense_attention, maha_attention
+from maha_megatron.attention.dispatch import BACKEND_NAMES
+from maha_megatron.attention.spec import (
+    AttentionParameters,
+    DenseSpec,
+    MahaSpec,
+    ParameterSpec,
+    dense_parameter_specs,
+    maha_parameter_specs,
+)
+
+FAST_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "naive")
+PACKED = (30, 1, 7, 60, 3, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One packed sequence and one operator; hashable, so that its reference is computed once."""
+
+    lengths: tuple[int, ...]
+    spec: MahaSpec | DenseSpec
+    n: int = 4
+    g: int = 2
+    d: int = 32
+    seed: int = field(default=0)
+
+    def __str__(self) -> str:
+        spec = self.spec
+        shape = f"t{'+'.join(map(str, self.lengths))}-n{self.n}g{self.g}d{self.d}"
+        if isinstance(spec, DenseSpec):
+            return f"{shape}-norm{spec.qk_norm:d}-conv{spec.convolution:d}"
+        windows = "_".join(map(str, spec.windows))
+        return f"{shape}-r{spec.ratio}-w{windows}-{spec.downsampling}-lse{spec.lse_utility:d}-conv{spec.convolution:d}"
+
+
+def start_rows(lengths: Sequence[int]) -> torch.Tensor:
+    """document_start_t of documents with these lengths."""
+    starts = [0, *itertools.accumulate(lengths)]
+    return torch.cat([torch.full((length,), start) for start, length in zip(starts, lengths, strict=False)])
+
+
+def parameter_specs(case: Case) -> dict[str, ParameterSpec]:
+    specs = dense_parameter_specs if isinstance(case.spec, DenseSpec) else maha_parameter_specs
+    return specs(case.spec, n=case.n, g=case.g, d=case.d)
+
+
+def leaves(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Inputs q, k, v and every learned parameter by name, random, exact in fp32, requiring gradients."""
+    generator = torch.Generator().manual_seed(case.seed)
+    rows = sum(case.lengths)
+    shapes = {name: (rows, heads, case.d) for name, heads in (("q", case.n), ("k", case.g), ("v", case.g))}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, spec in parameter_specs(case).items():
+        values[name] = spec.start + 0.4 * torch.randn(spec.shape, generator=generator)
+    return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
+
+
+def attend(case: Case, values: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
+    """`out`, and for MAHA `weights`, of the case on these leaves."""
+    inputs = [values[name] for name in ("q", "k", "v")]
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    document_start = start_rows(case.lengths).to(inputs[0].device)
+    if isinstance(case.spec, DenseSpec):
+        lengths = case.lengths
+        out = dense_attention(*inputs, document_start, parameters, case.spec, backend=backend, document_lengths=lengths)
+        return {"out": out}
+    result = maha_attention(*inputs, document_start, parameters, case.spec, backend=backend, with_weights=True)
+    return {"out": result.out_tnd, "weights": result.scale_weights_tnl}
+
+
+def results(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Forward results, and the gradient of every leaf by name, all on the CPU."""
+    values = leaves(case, dtype, device)
+    found = attend(case, values, backend)
+    direction = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    grads = torch.autograd.grad(found["out"], list(values.values()), direction, materialize_grads=True)
+    found |= {f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)}
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+@functools.cache
+def reference(case: Case) -> dict[str, torch.Tensor]:
+    """The naive backend in fp64."""
+    return results(case, "naive", torch.float64)
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Every result differs by at most `tolerance` times the largest reference value (0.1 where that is smaller)."""
+    assert found.keys() == expected.keys()
+    errors = {}
+    for name, value in expected.items():
+        scale = max(value.abs().max().item(), 0.1)
+        errors[name] = (found[name].double() - value).abs().max().item() / scale
+    assert all(error <= tolerance for error in errors.values()), errors

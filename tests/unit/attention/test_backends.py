@@ -1,0 +1,157 @@
+"""Every fast backend against the naive one: forward and every gradient by name."""
+
+import pytest
+import torch
+
+from maha_megatron.attention import row_blocks
+from maha_megatron.attention.dispatch import backend as backend_named
+from maha_megatron.attention.scale_attention import chunks
+from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
+from tests.support.attention import FAST_BACKENDS, PACKED, Case, assert_close, leaves, reference, results, start_rows
+from tests.support.attention import attend as run
+
+
+def maha(ratio=4, windows=(24, 9, 6), **options) -> MahaSpec:
+    return MahaSpec(ratio=ratio, windows=windows, **options)
+
+
+MAHA_CASES = [
+    # rows around the ratio and the tile, over group sizes and widths
+    Case(lengths=(1,), n=2, g=2, spec=maha()),
+    Case(lengths=(3,), n=4, g=2, d=64, spec=maha(convolution=False)),
+    Case(lengths=(4,), n=4, g=1, spec=maha(lse_utility=False)),
+    Case(lengths=(5,), n=2, g=2, d=64, spec=maha(downsampling="mean")),
+    Case(lengths=(63,), n=2, g=2, spec=maha(lse_utility=False, convolution=False)),
+    Case(lengths=(63,), n=4, g=1, d=64, spec=maha(downsampling="mean", convolution=False)),
+    Case(lengths=(257,), n=4, g=2, spec=maha()),
+    Case(lengths=(257,), n=4, g=1, spec=maha(windows=(33, 17, 9, 2), lse_utility=False)),
+    # documents that start anywhere
+    Case(lengths=PACKED, n=4, g=2, spec=maha()),
+    Case(lengths=PACKED, n=2, g=2, d=64, spec=maha(lse_utility=False, downsampling="mean")),
+    Case(lengths=PACKED, n=4, g=1, spec=maha(ratio=2, windows=(5, 4, 3, 3, 4), convolution=False)),
+    Case(lengths=(2, 1, 1, 3, 66, 128, 65), n=2, g=1, spec=maha(lse_utility=False, downsampling="mean")),
+    # ratios whose powers do not divide a tile of 64 rows, and a stride longer than a chunk
+    Case(lengths=(100, 50), n=2, g=1, spec=maha(ratio=3, windows=(20, 8, 5, 3, 2))),
+    Case(lengths=(7, 160), n=2, g=1, spec=maha(ratio=5, windows=(20, 8, 5, 1), lse_utility=False)),
+    Case(lengths=(170,), n=2, g=1, spec=maha(ratio=7, windows=(20, 8, 3))),
+    # one scale: a plain sliding window
+    Case(lengths=(130,), n=4, g=2, spec=maha(windows=(17,))),
+    Case(lengths=PACKED, n=4, g=1, spec=maha(windows=(300,), lse_utility=False, convolution=False)),
+]
+DENSE_CASES = [
+    Case(lengths=(1,), n=2, g=2, spec=DenseSpec()),
+    Case(lengths=(65,), n=4, g=1, d=64, spec=DenseSpec(qk_norm=False)),
+    Case(lengths=(21, 21, 21), n=4, g=2, spec=DenseSpec(convolution=False)),
+    Case(lengths=PACKED, n=4, g=2, spec=DenseSpec()),
+    Case(lengths=PACKED, n=2, g=2, spec=DenseSpec(qk_norm=False, convolution=False)),
+]
+
+
+@pytest.mark.parametrize("case", MAHA_CASES + DENSE_CASES, ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_forward_and_every_gradient_equal_the_reference(case, backend, dtype, tolerance):
+    assert_close(results(case, backend, dtype), reference(case), tolerance)
+
+
+MANY_CHUNKS_CASES = [
+    Case(lengths=(150, 9, 400), n=2, g=1, d=8, spec=maha(windows=(20, 9, 6, 3, 1))),
+    Case(lengths=(400,), n=2, g=2, d=8, spec=maha(ratio=5, windows=(20, 9, 6, 3), lse_utility=False)),
+    DENSE_CASES[3],
+]
+
+
+@pytest.mark.parametrize("case", MANY_CHUNKS_CASES, ids=str)
+def test_eager_in_many_chunks_and_blocks_equals_the_reference(monkeypatch, case):
+    """Long sequences work through many chunks and blocks of rows, and strides longer than a chunk."""
+    monkeypatch.setitem(chunks._LOGITS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(row_blocks._BLOCK_ELEMENTS, "cpu", 200)
+    assert_close(results(case, "eager", torch.float64), reference(case), 1e-10)
+
+
+@pytest.mark.parametrize("case", [MAHA_CASES[6], MAHA_CASES[8], MAHA_CASES[9], DENSE_CASES[3]], ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_bf16_is_at_most_twice_as_far_from_exact_as_plain_torch_in_bf16(case, backend):
+    assert_within_twice_of_plain(case, backend, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", MAHA_CASES + DENSE_CASES, ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_on_a_gpu(case, backend):
+    assert_close(results(case, backend, torch.float64, "cuda"), reference(case), 1e-10)
+    assert_within_twice_of_plain(case, backend, "cuda")
+
+
+def assert_within_twice_of_plain(case: Case, backend: str, device: str) -> None:
+    exact_on_rounded = rounded_reference(case)
+    plain, found = results(case, "naive", torch.bfloat16), results(case, backend, torch.bfloat16, device)
+    for name, exact in exact_on_rounded.items():
+        error = (found[name].double() - exact).abs().max().item()
+        plain_error = (plain[name].double() - exact).abs().max().item()
+        floor = 2**-8 * max(exact.abs().max().item(), 0.1)  # half a unit of bf16 in the largest value, twice over
+        assert error <= max(2 * plain_error, floor), (name, error, plain_error)
+
+
+def rounded_reference(case: Case) -> dict[str, torch.Tensor]:
+    """The naive backend in fp64 on leaves rounded to bf16: what a bf16 run approximates."""
+    values = {name: value.detach().double().requires_grad_() for name, value in leaves(case, torch.bfloat16).items()}
+    found = run(case, values, "naive")
+    direction = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    grads = torch.autograd.grad(found["out"], list(values.values()), direction, materialize_grads=True)
+    return {name: value.detach() for name, value in found.items()} | {
+        f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)
+    }
+
+
+@pytest.mark.parametrize("downsampling", ["gated", "mean"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_every_level_of_the_pyramid_equals_the_reference_and_unused_slots_are_zero(backend, downsampling):
+    case = Case(lengths=PACKED, spec=maha(windows=(9, 9, 9, 9), downsampling=downsampling))
+    values = leaves(case, torch.float64)
+    gates = {name: values[name] for name in ("gate_query", "gate_bias") if name in values}
+    arguments = (
+        torch.stack((values["k"], values["v"]), 1),
+        start_rows(PACKED),
+        AttentionParameters(**gates),
+        case.spec,
+    )
+    found = backend_named(backend).build_pyramid(*arguments)
+    expected = backend_named("naive").build_pyramid(*arguments)
+    assert (expected[2] == 0).flatten(1).all(1).any(), "a slot without a complete block is among the cases"
+    for level, reference_level in zip(found, expected, strict=True):
+        torch.testing.assert_close(level, reference_level, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lse_utility", [True, False])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_gradcheck(backend, lse_utility):
+    spec = MahaSpec(ratio=2, windows=(3, 2, 2), lse_utility=lse_utility)
+    case = Case(lengths=(7, 5), n=2, g=1, d=4, spec=spec)
+    values = leaves(case, torch.float64)
+
+    def out(*tensors):
+        return run(case, dict(zip(values, tensors, strict=True)), backend)["out"]
+
+    assert torch.autograd.gradcheck(out, list(values.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", [MAHA_CASES[6], MAHA_CASES[8], DENSE_CASES[3]], ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_two_runs_are_bitwise_equal(case, backend):
+    first, second = (results(case, backend, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_strided_views_are_welcome(backend):
+    case = Case(lengths=PACKED, n=4, g=2, spec=maha())
+    values = leaves(case, torch.float64)
+    fused = torch.cat([values[name].detach().flatten(1) for name in "qkv"], dim=1)
+    widths = [values[name][0].numel() for name in "qkv"]
+    views = {
+        name: part.unflatten(1, (-1, case.d)) for name, part in zip("qkv", fused.split(widths, dim=1), strict=True)
+    }
+    assert not views["k"].is_contiguous()
+    assert torch.equal(run(case, values | views, backend)["out"], run(case, values, backend)["out"])

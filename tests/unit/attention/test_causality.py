@@ -1,0 +1,147 @@
+"""Causality and document bounds as exact zeros and bitwise equality, and leaks planted to show that they are caught."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import maha_megatron.attention.dispatch as dispatch
+from maha_megatron.attention.scale_attention import bands
+from maha_megatron.attention.slots import visible_slots
+from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from tests.support.attention import FAST_BACKENDS, Case, assert_close, attend, leaves, results, start_rows
+
+SPECS = {
+    "lse": MahaSpec(ratio=4, windows=(6, 5, 12)),
+    "no lse, mean": MahaSpec(ratio=4, windows=(6, 5, 12), lse_utility=False, downsampling="mean"),
+    "ratio 3": MahaSpec(ratio=3, windows=(7, 4, 3, 2)),
+    "dense": DenseSpec(),
+}
+LENGTHS = {"one document": (150,), "packed": (37, 1, 66, 9, 37)}
+
+
+def a_case(spec: str, lengths: str) -> Case:
+    return Case(lengths=LENGTHS[lengths], n=2, g=1, d=8, spec=SPECS[spec])
+
+
+def check_jacobian(case: Case, backend: str) -> None:
+    """d out[row] / d (q, k, v)[other row] is exactly 0 unless other is in row's document and not after row."""
+    values = leaves(case, torch.float64)
+    out = attend(case, values, backend)["out"]
+    starts = start_rows(case.lengths).tolist()
+    inputs = [values[name] for name in "qkv"]
+    for row in range(len(starts)):
+        grads = torch.autograd.grad(out[row].sum(), inputs, retain_graph=True)
+        influence = sum(grad.abs().sum((1, 2)) for grad in grads)
+        assert influence[row] > 0
+        seen = influence.nonzero().flatten()
+        assert starts[row] <= seen.min(), f"row {row} of the document at {starts[row]} reads row {seen.min()}"
+        assert seen.max() == row, f"row {row} reads row {seen.max()}"
+
+
+def check_changed_tokens(case: Case, backend: str, rows: list[int]) -> None:
+    """Changing one row leaves every row before it, and all other documents, bitwise as they were."""
+    values = {name: value.detach() for name, value in leaves(case, torch.float32).items()}
+    before = attend(case, values, backend)["out"]
+    starts = start_rows(case.lengths)
+    for row in rows:
+        changed = {name: value.clone() if name in "qkv" else value for name, value in values.items()}
+        for name in "qkv":
+            changed[name][row] = torch.randn_like(changed[name][row])
+        same = (attend(case, changed, backend)["out"] == before).all(-1).all(-1)
+        assert not same[row]
+        may_change = (starts == starts[row]) & (torch.arange(len(starts)) >= row)
+        assert same[~may_change].all(), f"a change of row {row} reaches rows {(~same & ~may_change).nonzero().tolist()}"
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_no_row_reads_a_later_row_or_another_document(backend, spec, lengths):
+    check_jacobian(a_case(spec, lengths), backend)
+
+
+@pytest.mark.parametrize("lengths", [(200,), (61, 70, 5, 64)], ids=["one document", "packed"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(backend, spec, lengths):
+    """Every token of two whole tiles, and of the block borders of every scale among them, up to the end."""
+    check_changed_tokens(Case(lengths=lengths, n=2, g=1, d=8, spec=SPECS[spec]), backend, list(range(60, 200)))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_packed_documents_equal_separate_ones(backend, spec):
+    case = a_case(spec, "packed")
+    packed, values = results(case, backend, torch.float64), leaves(case, torch.float64)
+    start = 0
+    for length in case.lengths:
+        rows = slice(start, start + length)
+        alone = dataclasses.replace(case, lengths=(length,))
+        inputs = {name: values[name][rows].detach().requires_grad_() for name in "qkv"}
+        out = attend(alone, values | inputs, backend)["out"]
+        direction = torch.randn(packed["out"].shape, generator=torch.Generator().manual_seed(1)).double()[rows]
+        grads = torch.autograd.grad(out, list(inputs.values()), direction)
+        found = {"out": out} | {f"grad of {name}": grad for name, grad in zip("qkv", grads, strict=True)}
+        assert_close(found, {name: packed[name][rows] for name in found}, 1e-12)
+        start += length
+
+
+def _shift_end(row, document, stride_rows, window, *, shift):
+    first, end = visible_slots(row, document, stride_rows, window)
+    return first, shift(row, document, stride_rows, end)
+
+
+def _block_in_progress(row, document, stride_rows, end):
+    """A row sees the summary of the block that it lies in."""
+    return end + (stride_rows > 1)
+
+
+def _ceil_of_blocks(row, document, stride_rows, end):
+    """ceil instead of floor of the number of complete blocks."""
+    return (row + 1 + (-document) % stride_rows + stride_rows - 1) // stride_rows
+
+
+def _one_row_too_many(row, document, stride_rows, end):
+    """The mask of the finest scale is off by one."""
+    return end + (stride_rows == 1)
+
+
+@pytest.mark.parametrize("shift", [_block_in_progress, _ceil_of_blocks, _one_row_too_many])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_a_leak_planted_in_the_mask_is_caught(monkeypatch, shift, lengths):
+    monkeypatch.setattr(bands, "visible_slots", functools.partial(_shift_end, shift=shift))
+    with pytest.raises(AssertionError, match="reads row"):
+        check_jacobian(a_case("lse", lengths), "eager")
+    with pytest.raises(AssertionError, match="a change of row"):
+        check_changed_tokens(a_case("lse", lengths), "eager", list(range(60, 100)))
+
+
+def _forward_convolution(convolve, *arguments):
+    """One more tap, two rows ahead."""
+    return [mixed + 0.1 * x.roll(-2, 0) for mixed, x in zip(convolve(*arguments), arguments, strict=False)]
+
+
+def _convolution_over_bounds(convolve, *arguments):
+    q, k, v, document_start_t, weight = arguments
+    return convolve(q, k, v, torch.zeros_like(document_start_t), weight)
+
+
+@pytest.mark.parametrize("leak", [_forward_convolution, _convolution_over_bounds])
+def test_a_leak_planted_in_the_convolution_is_caught(monkeypatch, leak):
+    leaking = dataclasses.replace(
+        dispatch.backend("eager"), convolve=functools.partial(leak, dispatch.backend("eager").convolve)
+    )
+    monkeypatch.setattr("maha_megatron.attention.api.backend_named", lambda name: leaking)
+    with pytest.raises(AssertionError, match="reads row"):
+        check_jacobian(a_case("lse", "packed"), "eager")
+
+
+def test_a_window_that_crosses_a_document_start_is_caught(monkeypatch):
+    def ignoring_documents(row, document, stride_rows, window):
+        return visible_slots(row, torch.zeros_like(document), stride_rows, window)
+
+    monkeypatch.setattr(bands, "visible_slots", ignoring_documents)
+    with pytest.raises(AssertionError, match="reads row"):
+        check_jacobian(a_case("lse", "packed"), "eager")

@@ -1,0 +1,100 @@
+"""What the eager backend must never do: read a value back to the host, or hold anything quadratic in the rows."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maha_megatron.attention import dispatch
+from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from maha_megatron.errors import ConfigError
+from maha_megatron.scales import default_windows
+from tests.support.attention import Case, attend, leaves
+
+READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
+
+
+class Watch(TorchDispatchMode):
+    """Records the operators called, and the most elements that one of them returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.add(function._schema.name)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def forward_and_backward(case: Case, backend: str = "eager") -> Watch:
+    values = leaves(case, torch.float32)
+    with Watch() as watch:
+        attend(case, values, backend)["out"].sum().backward()
+    return watch
+
+
+@pytest.mark.parametrize("lse_utility", [True, False])
+def test_maha_reads_nothing_back_and_holds_nothing_quadratic(lse_utility):
+    spec = MahaSpec(ratio=4, windows=default_windows(16384), lse_utility=lse_utility)
+    watch = forward_and_backward(Case(lengths=(5000, 11384), n=1, g=1, d=16, spec=spec))
+    assert not watch.names & READS_BACK
+    assert watch.largest <= 2**21, "logits of one chunk, or inputs by their size"
+
+
+def test_dense_reads_nothing_back():
+    for lengths in ((64, 64), (30, 70)):
+        assert not forward_and_backward(Case(lengths=lengths, spec=DenseSpec())).names & READS_BACK
+
+
+def test_the_watch_sees_what_the_reference_does():
+    watch = forward_and_backward(Case(lengths=(20,), spec=MahaSpec(ratio=4, windows=(6, 5))), "naive")
+    assert watch.names & READS_BACK
+
+
+@pytest.mark.parametrize("lse_utility", [True, False])
+def test_kept_for_backward_is_of_the_size_of_the_inputs(lse_utility):
+    """Pyramid (4/3 of keys and values), output, an offset per scale: no logits, no copies of q."""
+    rows, n, g, d, scales = 2048, 8, 2, 32, 3
+    spec = MahaSpec(ratio=4, windows=(128, 112, 128), lse_utility=lse_utility, convolution=False)
+    values = leaves(Case(lengths=(rows,), n=n, g=g, d=d, spec=spec), torch.float32)
+    inputs = {value.untyped_storage().data_ptr() for value in values.values()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in inputs:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = attend(Case(lengths=(rows,), n=n, g=g, d=d, spec=spec), values, "eager")["out"]
+    pyramid, output, offsets = rows * 2 * g * d * 4 / 3, rows * n * d, rows * n * scales
+    assert out.untyped_storage().data_ptr() in kept
+    assert sum(kept.values()) <= 1.01 * (pyramid + output + offsets)
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(ConfigError, match="unknown attention backend 'egaer': choose one of naive, eager"):
+        dispatch.backend("egaer")
+
+
+def test_the_backend_is_logged_once(caplog):
+    dispatch.backend.cache_clear()
+    with caplog.at_level(logging.INFO, logger="maha_megatron.attention.dispatch"):
+        for _ in range(3):
+            dispatch.backend("eager")
+    assert [record.message for record in caplog.records] == ["attention backend: eager"]
+
+
+def test_dense_eager_insists_on_the_documents_lengths():
+    from maha_megatron.attention.api import dense_attention
+    from maha_megatron.attention.spec import AttentionParameters
+
+    q = torch.randn(4, 2, 8)
+    spec = DenseSpec(qk_norm=False, convolution=False)
+    with pytest.raises(AssertionError, match="document_lengths"):
+        dense_attention(q, q, q, torch.zeros(4, dtype=torch.int32), AttentionParameters(), spec)
