@@ -16,7 +16,7 @@ from pathlib import Path
 
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
-from maha_megatron.train.trials import Trial, column, run_trial
+from maha_megatron.train.trials import Trial, column, run_side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,15 +38,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="ranks on this machine")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key in every run")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="one-process runs side by side, each on a GPU of its own (default 1)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_training"), help="receives the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
     parser.add_argument("--timeout-s", type=float, default=900.0, help="limit of one run")
     return parser.parse_args()
 
 
-def summary(model: str, rows: list[dict[str, float]], steps: int) -> list[object]:
+def summary(model: str, rows: list[dict[str, float]]) -> list[object]:
     """One row of the table."""
-    steady = [row for row in rows if row["step"] > steps // 5 and "tokens_per_s" in row]
+    logged = [row for row in rows if "tokens_per_s" in row]
+    steady = logged[len(logged) // 5 :]
     losses, validation = column(rows, "loss_nats"), column(rows, "validation_loss_nats")
     mfu = [100 * row["mfu_frac"] for row in steady if "mfu_frac" in row]
     return [
@@ -61,24 +65,33 @@ def summary(model: str, rows: list[dict[str, float]], steps: int) -> list[object
     ]
 
 
+def planned(arguments: argparse.Namespace, model: str, *own: str) -> Trial:
+    """The run of one model with its own settings, and its config file."""
+    name = "_".join([model, *(re.sub(r"[^A-Za-z0-9]+", "-", setting) for setting in own)])
+    config = arguments.folder / f"{name}.yaml"
+    fragments = [f"model/{model}", f"size/{arguments.size}", f"cluster/{arguments.cluster}"]
+    config.write_text(json.dumps({"extends": fragments}), encoding="utf-8")  # JSON is YAML
+    settings = (f"train.steps={arguments.steps}", *arguments.set, *own)
+    return Trial(name=name, config=config, settings=settings, processes=arguments.processes)
+
+
 def main() -> None:
     """Run every model, print and write the table."""
     arguments = parse_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    trials = [planned(arguments, *model.split()) for model in arguments.models]
+    script, limit = ROOT / "launch" / "pretrain.py", arguments.timeout_s
+    at_once = arguments.at_once
+    results = run_side_by_side(
+        trials, arguments.folder, script, at_once=at_once, timeout_s=limit, device_each=at_once > 1
+    )
     table, raw = [], {}
-    for model, *own in map(str.split, arguments.models):
-        name = "_".join([model, *(re.sub(r"[^A-Za-z0-9]+", "-", setting) for setting in own)])
-        config = arguments.folder / f"{name}.yaml"
-        fragments = [f"model/{model}", f"size/{arguments.size}", f"cluster/{arguments.cluster}"]
-        config.write_text(json.dumps({"extends": fragments}), encoding="utf-8")  # JSON is YAML
-        settings = (f"train.steps={arguments.steps}", *arguments.set, *own)
-        trial = Trial(name=name, config=config, settings=settings, processes=arguments.processes)
-        rows = run_trial(trial, arguments.folder, ROOT / "launch" / "pretrain.py", timeout_s=arguments.timeout_s)
-        raw[name] = {"extends": fragments, "settings": settings, "rows": rows}
-        table.append(summary(" ".join([model, *own]), rows, arguments.steps))
+    for model, trial, rows in zip(arguments.models, trials, results, strict=True):
+        raw[trial.name] = {"config": json.loads(trial.config.read_text()), "settings": trial.settings, "rows": rows}
+        table.append(summary(model, rows))
         print(markdown_table(HEADER, table[-1:]).splitlines()[-1], flush=True)
     text = markdown_table(HEADER, table)
-    text += f"\n\nSize {arguments.size}, {arguments.processes} process(es), settings: " + " ".join(arguments.set)
+    text += f"\n\nSize {arguments.size}, {arguments.steps} steps, settings: " + " ".join(arguments.set)
     paths = write_result(arguments.results, "benchmark_training", text=text, data={"runs": raw})
     print(text, *paths, sep="\n")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from maha_megatron.config.load import load_config
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
-from maha_megatron.train.trials import Trial, column, run_trial
+from maha_megatron.train.trials import Trial, column, run_side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,9 +34,10 @@ def parse_arguments() -> argparse.Namespace:
         "--norm-floor", type=float, default=1e-3,
         help="relative difference of the first gradient norm that bf16 rounding alone explains (default 1e-3)",
     )  # fmt: skip
+    parser.add_argument("--at-once", type=int, default=1, help="runs that share the devices (default 1)")
     parser.add_argument("--folder", type=Path, default=Path("runs/verify_multi_gpu"), help="receives the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="limit of one run")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="limit of one run (default 600)")
     return parser.parse_args()
 
 
@@ -76,10 +77,15 @@ def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
 def main() -> int:
     """Run everything, print and write the table."""
     arguments = parse_arguments()
+    planned = trials(arguments)
+    script, at_once = ROOT / "launch" / "pretrain.py", arguments.at_once
+    results = run_side_by_side(
+        list(planned.values()), arguments.folder, script, at_once=at_once, timeout_s=arguments.timeout_s
+    )
     rows = {}
-    for title, trial in trials(arguments).items():
-        print(f"running {title}", flush=True)
-        rows[title] = run_trial(trial, arguments.folder, ROOT / "launch" / "pretrain.py", timeout_s=arguments.timeout_s)
+    for title, found in zip(planned, results, strict=True):
+        print(f"done: {title}", flush=True)
+        rows[title] = found
     losses = {title: column(found, "loss_nats") for title, found in rows.items()}
     norms = {title: column(found, "gradient_norm")[1] for title, found in rows.items()}
     noise = largest_difference(losses[ONE], losses[SPLIT])

@@ -1,7 +1,7 @@
 """Whole training runs as measurements: started like a user starts them, read back from what they wrote.
 
-A trial is a process of its own (launch/pretrain.py under the DeepSpeed launcher), so that nothing of one leaks into the
-next and the measured program is the one that users run.
+A trial is a process of its own (launch/pretrain.py, under torchrun when it has several ranks), so that nothing of one
+leaks into the next and the measured program is the one that users run.
 """
 
 import contextlib
@@ -10,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from maha_megatron.errors import TrainingError
 from maha_megatron.train.metrics import METRICS, read_rows
@@ -35,7 +37,9 @@ class Trial:
     processes: int = 1
 
 
-def run_trial(trial: Trial, folder: Path, script: Path, *, timeout_s: float) -> list[dict[str, float]]:
+def run_trial(
+    trial: Trial, folder: Path, script: Path, *, timeout_s: float, device: int | None = None
+) -> list[dict[str, float]]:
     """Run one trial to its end.
 
     Args:
@@ -43,6 +47,7 @@ def run_trial(trial: Trial, folder: Path, script: Path, *, timeout_s: float) -> 
         folder: receives one folder a trial, with the run and its console log.
         script: path of launch/pretrain.py.
         timeout_s: the run is ended, with every process it started, after so many seconds.
+        device: the one GPU that it may see; None for all.
 
     Returns:
         The rows of its metrics.jsonl.
@@ -53,12 +58,18 @@ def run_trial(trial: Trial, folder: Path, script: Path, *, timeout_s: float) -> 
     run_folder = folder / trial.name
     run_folder.mkdir(parents=True, exist_ok=True)
     settings = (f"run.folder={run_folder}", f"run.name={trial.name}", "checkpoint.resume=false", *trial.settings)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(trial.processes)]
-    command += ["--master_port", str(_free_port()), str(script), "--config", str(trial.config)]
+    command = [sys.executable]
+    if trial.processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(trial.processes)]
+        command += ["--master-port", str(_free_port())]
+    command += [str(script), "--config", str(trial.config)]
     command += [part for setting in settings for part in ("--set", setting)]
+    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
     log = run_folder / "console.log"
     with open(log, "w", encoding="utf-8") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             code = process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -68,6 +79,40 @@ def run_trial(trial: Trial, folder: Path, script: Path, *, timeout_s: float) -> 
     if code != 0:
         raise TrainingError(f"trial {trial.name} failed ({code}); the end of {log}:\n{_tail(log)}")
     return read_rows(run_folder / METRICS)
+
+
+def run_side_by_side(
+    trials: Sequence[Trial],
+    folder: Path,
+    script: Path,
+    *,
+    at_once: int,
+    timeout_s: float,
+    device_each: bool = False,
+) -> Iterator[list[dict[str, float]]]:
+    """Run trials, up to `at_once` at a time; yields the rows of each in the order of `trials`.
+
+    Args and Raises: as for `run_trial`; `device_each` gives every running trial a GPU of its own. The first failure is
+    raised once the trials under way have ended.
+    """
+    devices: SimpleQueue[int | None] = SimpleQueue()
+    for number in range(at_once):
+        devices.put(number if device_each else None)
+
+    def run(trial: Trial) -> list[dict[str, float]]:
+        device = devices.get()
+        try:
+            return run_trial(trial, folder, script, timeout_s=timeout_s, device=device)
+        finally:
+            devices.put(device)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        started = [pool.submit(run, trial) for trial in trials]
+        try:
+            for running in started:
+                yield running.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def column(rows: Sequence[dict[str, float]], name: str) -> dict[int, float]:
