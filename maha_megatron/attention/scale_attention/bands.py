@@ -6,8 +6,8 @@
     proof: row t sees slots below floor((t + 1 + e) / R) <= ceil((t + 1) / R) <= (i + 1) * step (slots.py), and not
     below floor((t + 1) / R) - w >= i * step - w.
 
-Tiles of a coarse scale are longer, so that its segments hold enough slots to be worth a matrix product. Where R
-exceeds the rows processed at once, these are one tile and its band is w slots and the two that rounding can add.
+Tiles of a coarse scale are longer, so that its segments hold enough slots to be worth a matrix product. A scale whose
+stride exceeds that has one tile for every chunk of rows, and its band is w slots and those that begin in the chunk.
 """
 
 from dataclasses import dataclass
@@ -23,62 +23,76 @@ _TILE_ROWS, _SEGMENT_SLOTS = 64, 16
 
 @dataclass(frozen=True)
 class Band:
-    """One scale: tiles of `tile_rows` rows see `width` slots that begin at slot floor(first row / R) - lookback."""
+    """One scale: a tile sees `width` slots that begin at slot floor(first row / R) - lookback (below 0: padding).
+
+    Tiles hold `tile_rows` rows and begin `step` slots apart; without a step there is one tile in every chunk.
+    """
 
     stride_rows: int
     window: int
-    tile_rows: int
     lookback: int
     width: int
-    step: int
+    tile_rows: int = 0
+    step: int = 0
 
-    def first_slot(self, row: int) -> int:
-        """First slot of the band of the tile that starts at `row`; slots below 0 are padding."""
-        return row // self.stride_rows - self.lookback
+    def tiles(self, rows: int) -> int:
+        """Tiles in a chunk of `rows` rows."""
+        return rows // self.tile_rows if self.step else 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows are processed `chunk_rows` at once; one band for every scale."""
+    """Chunks of up to `chunk_rows` rows, each a multiple of `unit_rows`; one band for every scale."""
 
+    unit_rows: int
     chunk_rows: int
+    padded_rows: int
     bands: tuple[Band, ...]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first row, rows) of every chunk; the last may reach beyond the sequence, by less than a unit."""
+        starts = range(0, self.padded_rows, self.chunk_rows)
+        return [(start, min(self.chunk_rows, self.padded_rows - start)) for start in starts]
 
 
 def plan_bands(rows: int, ratio: int, windows: tuple[int, ...], chunk_limit_rows: int) -> Plan:
     """The bands of a packed sequence of `rows` rows, in chunks of at most about `chunk_limit_rows` rows.
 
-    Tiles and chunks are tile * ratio**i rows with tile = c * ratio**j, c <= ratio: every stride up to the chunk
-    divides it.
+    Tiles and units are tile * ratio**i rows with tile = c * ratio**j, c <= ratio, so that every stride up to the unit
+    divides it; a unit is at most a quarter of the rows, so that little is padded.
     """
     power = 1
     while power * ratio <= _TILE_ROWS:
         power *= ratio
-    tile = power * -(-_TILE_ROWS // power)
-    chunk = tile
-    while chunk * ratio <= chunk_limit_rows and chunk < rows:
-        chunk *= ratio
-    bands = []
-    for scale, window in enumerate(windows):
-        stride_rows = stride(ratio, scale)
-        window = min(window, slot_count(rows, stride_rows))
-        if stride_rows > chunk:
-            bands.append(Band(stride_rows, window, chunk, lookback=window, width=window + 2, step=0))
-            continue
-        tile_rows = tile
-        while tile_rows < chunk and tile_rows < stride_rows * _SEGMENT_SLOTS:
-            tile_rows *= ratio
-        step = tile_rows // stride_rows
-        lookback = -(-window // step) * step
-        bands.append(Band(stride_rows, window, tile_rows, lookback, lookback + step, step))
-    return Plan(chunk, tuple(bands))
+    tile = unit = power * -(-_TILE_ROWS // power)
+    while unit * ratio <= min(chunk_limit_rows, rows // 4):
+        unit *= ratio
+    units = -(-rows // unit)
+    chunk = unit * min(max(chunk_limit_rows // unit, 1), units)
+    bands = [
+        _band(stride(ratio, scale), min(window, slot_count(rows, stride(ratio, scale))), ratio, tile, unit, chunk)
+        for scale, window in enumerate(windows)
+    ]
+    return Plan(unit, chunk, units * unit, tuple(bands))
 
 
-def visibility_bias(band: Band, row: torch.Tensor, document: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to the logits of `row` (consecutive, a multiple of tile_rows): 0 or -inf, [rows, width]."""
+def _band(stride_rows: int, window: int, ratio: int, tile: int, unit: int, chunk: int) -> Band:
+    if stride_rows > unit:
+        return Band(stride_rows, window, lookback=window, width=window + 1 - (1 - chunk) // stride_rows)
+    tile_rows = tile
+    while tile_rows < unit and tile_rows < stride_rows * _SEGMENT_SLOTS:
+        tile_rows *= ratio
+    step = tile_rows // stride_rows
+    lookback = -(-window // step) * step
+    return Band(stride_rows, window, lookback, lookback + step, tile_rows, step)
+
+
+def visibility_bias(
+    band: Band, row: torch.Tensor, start: int, document: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """What to add to the logits of a chunk, whose rows `row` begin at `start`: 0 or -inf, [rows, width]."""
     first, end = visible_slots(row, document, band.stride_rows, band.window)
-    tile_start = row // band.tile_rows * band.tile_rows
-    base = tile_start // band.stride_rows - band.lookback
+    base = (row // band.tile_rows * band.step if band.step else start // band.stride_rows) - band.lookback
     # slots first..end-1 lie less than half their count from their middle; this form has vectorised kernels on a CPU
     half = ((end - first) / 2).to(dtype)[:, None]
     middle = ((first + end - 1 - 2 * base) / 2).to(dtype)[:, None]
@@ -87,25 +101,24 @@ def visibility_bias(band: Band, row: torch.Tensor, document: torch.Tensor, dtype
 
 
 def padded_shape(groups: int, width: int, band: Band, rows: int) -> tuple[int, int, int]:
-    """Shape of keys or values by slot with `lookback` slots in front and enough behind for `rows` rows of tiles."""
-    return groups, (rows - band.tile_rows) // band.stride_rows + band.width, width
+    """Shape of keys or values by slot, with `lookback` slots in front and enough behind for chunks up to row `rows`."""
+    return groups, rows // band.stride_rows + band.width, width
 
 
 def gather_tiles(padded: torch.Tensor, band: Band, start: int, rows: int) -> torch.Tensor:
-    """The bands of the tiles of rows start..start+rows: [g * tiles, width, d]."""
+    """The bands of the tiles of the chunk of rows start..start+rows: [g * tiles, width, d]."""
     span = _span(padded, band, start, rows)
-    if rows == band.tile_rows:
+    if band.tiles(rows) == 1:
         return span
     return span.unfold(1, band.width, band.step).transpose(2, 3).flatten(0, 1)
 
 
 def add_tiles(padded: torch.Tensor, tiles: torch.Tensor, band: Band, start: int, rows: int) -> None:
     """The transpose of `gather_tiles`: adds each tile's band to its slots, segment by segment, without a scatter."""
-    span = _span(padded, band, start, rows)
-    if rows == band.tile_rows:
+    span, count = _span(padded, band, start, rows), band.tiles(rows)
+    if count == 1:
         span += tiles
         return
-    count = rows // band.tile_rows
     span = span.unflatten(1, (-1, band.step))
     tiles = tiles.unflatten(0, (-1, count)).unflatten(2, (-1, band.step))
     for segment in range(tiles.shape[2]):
@@ -114,4 +127,4 @@ def add_tiles(padded: torch.Tensor, tiles: torch.Tensor, band: Band, start: int,
 
 def _span(padded: torch.Tensor, band: Band, start: int, rows: int) -> torch.Tensor:
     first = start // band.stride_rows
-    return padded[:, first : first + (rows // band.tile_rows - 1) * band.step + band.width]
+    return padded[:, first : first + (band.tiles(rows) - 1) * band.step + band.width]

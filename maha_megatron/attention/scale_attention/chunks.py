@@ -14,7 +14,7 @@ from maha_megatron.attention.slots import slots_of
 from maha_megatron.attention.spec import MahaSpec
 
 # logits of one scale that exist at once: they stay in the cache of a CPU, and fill a GPU
-_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+_LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -36,11 +36,10 @@ class Call:
         self.groups, self.dtype = levels[0].shape[2], torch.promote_types(q.dtype, torch.float32)
         self.operand = q.dtype if q.device.type == "cuda" else self.dtype
         limit = _LOGITS_PER_CHUNK["cuda" if q.device.type == "cuda" else "cpu"] // (heads * 2 * max(spec.windows))
-        plan = plan_bands(rows, spec.ratio, spec.windows, limit)
-        self.rows, self.bands = plan.chunk_rows, plan.bands
-        self.padded_rows = -(-rows // self.rows) * self.rows
+        self.plan = plan_bands(rows, spec.ratio, spec.windows, limit)
+        self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
-        self.document = F.pad(document_start_t, (0, self.padded_rows - rows), value=rows)
+        self.document = F.pad(document_start_t, (0, self.plan.padded_rows - rows), value=rows)
         self.keys = [self._padded(scale) for scale in range(spec.scales)]
         self.values = [self._padded(scale) for scale in range(spec.scales)]
         for scale, level in enumerate(levels):
@@ -49,7 +48,7 @@ class Call:
             self.slots_view(self.values, scale).copy_(level[:, 1])
 
     def _padded(self, scale: int) -> torch.Tensor:
-        shape = padded_shape(self.groups, self.q.shape[-1], self.bands[scale], self.padded_rows)
+        shape = padded_shape(self.groups, self.q.shape[-1], self.bands[scale], self.plan.padded_rows)
         return torch.zeros(shape, dtype=self.operand, device=self.q.device)
 
     def slots_view(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
@@ -64,25 +63,15 @@ class Call:
         position = (slots.last_row - slots.document).double() / band.stride_rows
         return rotation(position[:, None], self.q.shape[-1], self.spec.rope_base, self.dtype)
 
-    def read_rows(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows of the chunk at `start`, by KV group: [t, n, ...] -> [g, rows, n/g, ...], zero beyond the sequence."""
-        rows = x[start : start + self.rows].unflatten(1, (self.groups, -1)).transpose(0, 1).to(self.dtype)
-        return F.pad(rows, (0, 0, 0, 0, 0, self.rows - rows.shape[1])).contiguous()
-
-    def write_rows(self, x: torch.Tensor, rows: torch.Tensor, start: int) -> None:
-        """The inverse of `read_rows`: into [t, n, ...], leaving out what lies beyond the sequence."""
-        target = x[start : start + self.rows].unflatten(1, (self.groups, -1)).transpose(0, 1)
-        target.copy_(rows[:, : target.shape[1]])
-
 
 class Chunk:
     """Queries of `rows` consecutive rows: raw and normalised [g, rows, n/g, d], utilities [g, rows, n/g, L]."""
 
-    def __init__(self, call: Call, start: int):
-        self.call, self.start = call, start
-        self.row = torch.arange(start, start + call.rows, device=call.q.device)
-        self.document = call.document[start : start + call.rows]
-        self.raw = call.read_rows(call.q, start)
+    def __init__(self, call: Call, start: int, rows: int):
+        self.call, self.start, self.rows = call, start, rows
+        self.row = torch.arange(start, start + rows, device=call.q.device)
+        self.document = call.document[start : start + rows]
+        self.raw = self.read(call.q)
         self.gain = call.query_gain.to(call.dtype).unflatten(0, (call.groups, 1, -1))
         self.normal = normalise(self.raw, self.gain, call.spec.norm_epsilon)
         self.turned = quarter_turn(self.normal)
@@ -92,6 +81,18 @@ class Chunk:
             self.rho = call.rho.to(call.dtype).unflatten(1, (call.groups, -1))
             self.utility = torch.einsum("grmd,lgmd->grml", self.normal, self.rho)
             self.utility += call.beta.to(call.dtype).unflatten(1, (call.groups, 1, -1)).movedim(0, -1)
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """This chunk of x by KV group: [t, n, z] -> [g, rows, n/g, z], zero beyond the sequence."""
+        rows = x[self.start : self.start + self.rows].unflatten(1, (self.call.groups, -1)).transpose(0, 1)
+        missing = self.rows - rows.shape[1]
+        rows = F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+        return rows.to(self.call.dtype).contiguous()
+
+    def write(self, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """The inverse of `read`: into [t, n, z], leaving out what lies beyond the sequence."""
+        target = x[self.start : self.start + self.rows].unflatten(1, (self.call.groups, -1)).transpose(0, 1)
+        target.copy_(rows[:, : target.shape[1]])
 
     def _turn(self, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
@@ -108,17 +109,17 @@ class Chunk:
     def logits(self, rotated: torch.Tensor, scale: int) -> torch.Tensor:
         """[g, rows, n/g, width of the band], -inf where a slot is not visible."""
         logits = self.from_tiles(product(self.to_tiles(rotated, scale), self.tiles(self.call.keys, scale).mT))
-        bias = visibility_bias(self.call.bands[scale], self.row, self.document, logits.dtype)
+        bias = visibility_bias(self.call.bands[scale], self.row, self.start, self.document, logits.dtype)
         return logits.add_(bias[:, None])
 
     def tiles(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
         """Keys or values of the bands of this chunk: [g * tiles, width of the band, d]."""
-        return gather_tiles(padded[scale], self.call.bands[scale], self.start, self.call.rows)
+        return gather_tiles(padded[scale], self.call.bands[scale], self.start, self.rows)
 
     def to_tiles(self, x: torch.Tensor, scale: int) -> torch.Tensor:
         """[g, rows, n/g, z] -> [g * tiles, tile rows * n/g, z], an operand of a matrix product."""
-        count = self.call.rows // self.call.bands[scale].tile_rows
+        count = self.call.bands[scale].tiles(self.rows)
         return x.to(self.call.operand).reshape(x.shape[0] * count, -1, x.shape[-1])
 
     def from_tiles(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(self.call.groups, self.call.rows, -1, x.shape[-1])
+        return x.view(self.call.groups, self.rows, -1, x.shape[-1])

@@ -50,8 +50,8 @@ class _BandedAttention(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         weights = torch.empty(*q.shape[:2], spec.scales, dtype=call.dtype, device=q.device)
         offsets = torch.empty_like(weights)
-        for start in range(0, len(q), call.rows):
-            chunk = Chunk(call, start)
+        for start, rows in call.plan.chunks():
+            chunk = Chunk(call, start, rows)
             outputs, lses = zip(*(_attend_scale(chunk, scale) for scale in range(spec.scales)), strict=True)
             lse = torch.stack(lses, dim=-1)
             log_weights = scale_log_weights(chunk.utility, lse, spec.lse_utility)
@@ -59,9 +59,9 @@ class _BandedAttention(torch.autograd.Function):
             fused = outputs[0].mul_(weight[..., 0, None])
             for scale in range(1, spec.scales):
                 fused.addcmul_(outputs[scale], weight[..., scale, None])
-            call.write_rows(out, fused, start)
-            call.write_rows(weights, weight, start)
-            call.write_rows(offsets, (log_weights - lse).masked_fill_(lse == -torch.inf, 0.0), start)
+            chunk.write(out, fused)
+            chunk.write(weights, weight)
+            chunk.write(offsets, (log_weights - lse).masked_fill_(lse == -torch.inf, 0.0))
         ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels)
         ctx.spec = spec
         ctx.mark_non_differentiable(weights)
@@ -73,11 +73,11 @@ class _BandedAttention(torch.autograd.Function):
         q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels = ctx.saved_tensors
         call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, levels)
         grads, scales = _Gradients(call), range(ctx.spec.scales)
-        for start in range(0, len(q), call.rows):
-            chunk = Chunk(call, start)
-            grad = call.read_rows(grad_out, start)
-            offset = call.read_rows(offsets, start)
-            delta = (grad * call.read_rows(out, start)).sum(-1, keepdim=True)
+        for start, rows in call.plan.chunks():
+            chunk = Chunk(call, start, rows)
+            grad = chunk.read(grad_out)
+            offset = chunk.read(offsets)
+            delta = (grad * chunk.read(out)).sum(-1, keepdim=True)
             shares = [_attend_scale_backward(chunk, scale, grad, offset, delta, grads) for scale in scales]
             grads.add_queries(chunk, *zip(*shares, strict=True))
         level_grads, key_gain_shares = zip(*(grads.level(scale) for scale in scales), strict=True)
@@ -143,10 +143,10 @@ class _Gradients:
         self.values = [torch.zeros_like(values, dtype=call.dtype) for values in call.values]
 
     def add_keys(self, tiles: torch.Tensor, scale: int, chunk: Chunk) -> None:
-        add_tiles(self.keys[scale], tiles, self.call.bands[scale], chunk.start, self.call.rows)
+        add_tiles(self.keys[scale], tiles, self.call.bands[scale], chunk.start, chunk.rows)
 
     def add_values(self, tiles: torch.Tensor, scale: int, chunk: Chunk) -> None:
-        add_tiles(self.values[scale], tiles, self.call.bands[scale], chunk.start, self.call.rows)
+        add_tiles(self.values[scale], tiles, self.call.bands[scale], chunk.start, chunk.rows)
 
     def add_queries(
         self,
@@ -171,7 +171,7 @@ class _Gradients:
             self.beta += grad_utility.sum(1)
         grad, grad_gain = normalise_backward(grad, chunk.raw, chunk.gain, self.call.spec.norm_epsilon)
         self.query_gain += grad_gain.sum(1)
-        self.call.write_rows(self.q, grad, chunk.start)
+        chunk.write(self.q, grad)
 
     def learned(self) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query gain, rho and beta."""

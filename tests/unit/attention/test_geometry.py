@@ -54,19 +54,27 @@ def test_every_visible_slot_lies_in_its_band_and_nothing_else_is_seen(ratio, chu
     windows = (20, 7, 5, 2)
     document_start = start_rows(random_lengths(rows, seed=ratio))
     plan = plan_bands(rows, ratio, windows, chunk_limit)
-    padded = -(-rows // plan.chunk_rows) * plan.chunk_rows
-    row = torch.arange(padded)
-    document = torch.nn.functional.pad(document_start, (0, padded - rows), value=rows)
-    for scale, band in enumerate(plan.bands):
-        assert plan.chunk_rows % band.tile_rows == 0
-        bias = visibility_bias(band, row, document, torch.float64)
+    document = torch.nn.functional.pad(document_start, (0, plan.padded_rows - rows), value=rows)
+    for (scale, band), (start, count) in itertools.product(enumerate(plan.bands), plan.chunks()):
+        row = torch.arange(start, start + count)
+        assert not band.step or count % band.tile_rows == 0
+        bias = visibility_bias(band, row, start, document[row], torch.float64)
         assert set(bias.unique().tolist()) <= {0.0, float("-inf")}
-        for t in range(rows):
-            base = band.first_slot(t // band.tile_rows * band.tile_rows)
-            seen = {base + slot for slot in (bias[t] == 0).nonzero().flatten().tolist()}
-            start = document_start[t].item()
-            blocks = visible_blocks(t - start, band.stride_rows, windows[scale])
-            assert seen == {first_slot(start, band.stride_rows) + block for block in blocks}
+        for t in range(start, min(start + count, rows)):
+            tile_start = t // band.tile_rows * band.tile_rows if band.step else start
+            base = tile_start // band.stride_rows - band.lookback
+            seen = {base + slot for slot in (bias[t - start] == 0).nonzero().flatten().tolist()}
+            first_row = document_start[t].item()
+            blocks = visible_blocks(t - first_row, band.stride_rows, windows[scale])
+            assert seen == {first_slot(first_row, band.stride_rows) + block for block in blocks}
+
+
+@pytest.mark.parametrize("rows", [1, 63, 512, 1100, 4096])
+def test_chunks_cover_the_rows_with_little_padding(rows):
+    plan = plan_bands(rows, 4, (128, 112, 64), 1024)
+    assert [start for start, _ in plan.chunks()] == list(range(0, plan.padded_rows, plan.chunk_rows))
+    assert sum(count for _, count in plan.chunks()) == plan.padded_rows
+    assert rows <= plan.padded_rows < rows + max(64, rows // 4)
 
 
 def test_visible_slots_end_between_floor_and_ceil():
@@ -82,13 +90,12 @@ def test_visible_slots_end_between_floor_and_ceil():
 
 @pytest.mark.parametrize("ratio", [2, 4, 5])
 def test_adding_tiles_is_the_transpose_of_gathering_them(ratio):
-    plan = plan_bands(500, ratio, (20, 7, 5), 10**6)
-    rows = -(-500 // plan.chunk_rows) * plan.chunk_rows
-    for band in plan.bands:
-        x = torch.randn(padded_shape(2, 3, band, rows), dtype=torch.float64, requires_grad=True)
-        tiles = gather_tiles(x, band, 0, plan.chunk_rows)
+    plan = plan_bands(500, ratio, (20, 7, 5), 400)
+    for band, (start, rows) in itertools.product(plan.bands, plan.chunks()):
+        x = torch.randn(padded_shape(2, 3, band, plan.padded_rows), dtype=torch.float64, requires_grad=True)
+        tiles = gather_tiles(x, band, start, rows)
         y = torch.randn_like(tiles)
         (expected,) = torch.autograd.grad(tiles, x, y)
         found = torch.zeros_like(x)
-        add_tiles(found, y, band, 0, plan.chunk_rows)
+        add_tiles(found, y, band, start, rows)
         torch.testing.assert_close(found, expected)
