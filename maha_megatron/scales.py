@@ -62,7 +62,10 @@ def default_windows(sequence_tokens: int, ratio: int = 4) -> tuple[int, ...]:
 
 def first_unreached_row(sequence_tokens: int, ratio: int, windows: Sequence[int]) -> int | None:
     """The earliest row of a document from which row 0 is no longer visible at any scale; None if there is none."""
-    reach_rows = stride(ratio, len(windows) - 1) * (windows[-1] + 1) - 1
+    reach_rows = 0
+    for scale, window in enumerate(windows):  # scale l shows block 0 to rows R_l - 1 ... R_l (w_l + 1) - 2
+        if stride(ratio, scale) - 1 <= reach_rows:
+            reach_rows = max(reach_rows, stride(ratio, scale) * (window + 1) - 1)
     return None if sequence_tokens <= reach_rows else reach_rows
 
 

@@ -3,7 +3,8 @@
     python tools/flops.py --config configs/model/maha.yaml --sequence 4096 [--json]
 
 Counted all-in, the same on both sides; maha_megatron/config/accounting.py says how. Attention's share of a step is
-printed for the configuration and, beside it, for four models at two sizes at the same sequence length.
+printed for the configuration and, beside it, for five models at two sizes at the same sequence length; the windows see
+as many keys as MAHA's default windows at that length, whatever their files say.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import sys
 from typing import Any
 
+from maha_megatron import scales
 from maha_megatron.config import accounting
 from maha_megatron.config.derive import layer_attention, maha_windows
 from maha_megatron.config.load import load_config, load_fragments
@@ -18,7 +20,8 @@ from maha_megatron.config.schema import Config
 from maha_megatron.errors import MahaError
 from maha_megatron.units import format_count
 
-MODELS = ("maha", "hybrid", "window", "dense")
+MODELS = ("maha", "window", "hybrid", "window_hybrid", "dense")
+WINDOW_MODELS = ("window", "window_hybrid")
 SIZES = ("125m", "7b")
 
 
@@ -58,20 +61,21 @@ def flops_report(config: Config) -> dict[str, Any]:
         "forward_flops_per_token": terms,
         "training_flops_per_token": accounting.training_flops_per_token(config),
         "attention_share_frac": accounting.attention_share(config),
+        "keys_of_windows": sum(scales.default_windows(config.data.sequence_tokens)),
         "attention_share_frac_of_others": _shares(config.data.sequence_tokens),
     }
 
 
 def _shares(sequence_tokens: int) -> dict[str, dict[str, float]]:
-    """Attention's share of a step by model and size, each at `sequence_tokens`."""
+    """Attention's share of a step by model and size, each at `sequence_tokens` and with as many keys."""
     length = [f"data.sequence_tokens={sequence_tokens}"]
-    return {
-        model: {
-            size: accounting.attention_share(load_fragments([f"model/{model}", f"size/{size}"], length))
-            for size in SIZES
-        }
-        for model in MODELS
-    }
+    keys = [f"maha.windows=[{sum(scales.default_windows(sequence_tokens))}]"]
+    shares: dict[str, dict[str, float]] = {}
+    for model in MODELS:
+        overrides = length + keys if model in WINDOW_MODELS else length
+        models = {size: load_fragments([f"model/{model}", f"size/{size}"], overrides) for size in SIZES}
+        shares[model] = {size: accounting.attention_share(config) for size, config in models.items()}
+    return shares
 
 
 def _tables(report: dict[str, Any]) -> str:
@@ -96,9 +100,10 @@ def _tables(report: dict[str, Any]) -> str:
         f"  {term:25} {format_count(value):>9} {value / sum(forward.values()):7.1%}" for term, value in forward.items()
     ]
     lines += ["", f"attention's share of a step: {report['attention_share_frac']:.1%}", "beside it, at this length"]
-    lines.append(f"  {'':8}" + "".join(f"{size:>8}" for size in SIZES))
+    lines.append(f"  {'':13}" + "".join(f"{size:>8}" for size in SIZES))
     for model, shares in report["attention_share_frac_of_others"].items():
-        lines.append(f"  {model:8}" + "".join(f"{share:8.1%}" for share in shares.values()))
+        note = f"   {report['keys_of_windows']} keys" if model in WINDOW_MODELS else ""
+        lines.append(f"  {model:13}" + "".join(f"{share:8.1%}" for share in shares.values()) + note)
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import re
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from maha_megatron.config.derive import layer_attention, maha_windows
 from maha_megatron.config.rules import check_config
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
@@ -84,8 +86,23 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def dump_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, every key written out; loads to an equal Config."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=110)
+    """The resolved configuration as YAML for people; loads to an equal Config.
+
+    Every key is written out with its sentence of help above it. Where MAHA layers have maha.windows empty, a
+    comment beside it tells which windows data.sequence_tokens gives.
+    """
+    tree, lines = config_to_dict(config), []
+    for section in dataclasses.fields(Config):
+        lines += ["", f"{section.name}:"]
+        for key in dataclasses.fields(section.default_factory):
+            value = tree[section.name][key.name]
+            # written as the only item of [..], whose brackets then go: scalars alone would end in a document mark
+            text = yaml.safe_dump([value], sort_keys=False, default_flow_style=True, width=math.inf).strip()[1:-1]
+            lines += textwrap.wrap(key.metadata["help"], width=110, initial_indent="  # ", subsequent_indent="  # ")
+            lines.append(f"  {key.name}: {text}")
+            if (section.name, key.name) == ("maha", "windows") and not value and "maha" in layer_attention(config):
+                lines[-1] += f"  # here {list(maha_windows(config))}"
+    return "\n".join(lines[1:]) + "\n"
 
 
 def dotted_keys() -> list[str]:

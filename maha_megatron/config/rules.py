@@ -286,7 +286,9 @@ def schedule_keys_have_effect(config: Config) -> str | None:
 def optimizer_keys_make_sense(config: Config) -> str | None:
     optimizer = config.optimizer
     if optimizer.name == "sgd":
-        unused = _changed(optimizer, Optimizer(), ("beta1", "beta2", "epsilon"))
+        unused = _changed(optimizer, Optimizer(), ("beta1", "beta2", "epsilon", "weight_decay"))
+        if optimizer.weight_decay == 0:  # what sgd does anyway
+            unused = [key for key in unused if key != "weight_decay"]
         if unused:
             return f"{', '.join(f'optimizer.{key}' for key in unused)}: no effect with optimizer.name: sgd; remove"
     for key in ("beta1", "beta2"):

@@ -154,7 +154,10 @@ class Optimizer:
     beta2: float = leaf(0.95, owner="train", help="AdamW's second moment decay.", minimum=0)
     epsilon: float = leaf(1e-8, owner="train", help="AdamW's epsilon.", minimum=0)
     weight_decay: float = leaf(
-        0.1, owner="train", help="Decoupled weight decay of matrices; 1-D and MAHA parameters get none.", minimum=0
+        0.1,
+        owner="train",
+        help="AdamW's decoupled weight decay of matrices; 1-D and MAHA parameters get none, and sgd never decays.",
+        minimum=0,
     )
     clip_norm: float = leaf(
         1.0, owner="deepspeed", help="Clip the global gradient norm to this; 0: no clipping.", minimum=0

@@ -16,7 +16,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import random as mcore_random
 
 from maha_megatron.config.schema import Config
-from maha_megatron.parallel.plan import RankGrid
 
 
 def prepare() -> None:
@@ -75,10 +74,8 @@ def initialise_distributed(config: Config) -> None:
 def initialise_model_parallel(config: Config) -> None:
     """Cut the ranks of the process group into tensor- and data-parallel groups (tensor-parallel ranks adjacent).
 
-    Raises:
-        ConfigError: parallel.tensor does not divide the number of ranks.
+    That parallel.tensor divides the number of ranks is check_topology's to say, before any process group exists.
     """
-    RankGrid(world_size=dist.get_world_size(), tensor=config.parallel.tensor)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         create_gloo_process_groups=False,

@@ -117,9 +117,7 @@ def test_a_tables_key_changes_the_table(owner, section, name):
 
 @pytest.mark.parametrize("owner", READERS)
 def test_a_rooms_keys_are_read_there(owner):
-    missing = [place for place in READERS[owner] if not (ROOT / place).exists()]
-    if missing:
-        pytest.skip(f"{missing} not built yet")
+    assert [place for place in READERS[owner] if not (ROOT / place).exists()] == []
     assert unread_keys(ROOT, owner) == []
 
 

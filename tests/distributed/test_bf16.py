@@ -9,6 +9,9 @@ from tests.support.distributed import run_ranks
 from tests.support.training import observe, start_groups, training_config
 
 STAGES, ACCUMULATIONS = (1, 2, 3), (1, 16)
+# After step 1 a rounding of some bf16 weight falls the other way, and every activation with it: the second loss of two
+# equally good runs differs by up to 6e-5 of itself (1e-6 in step 1), what both steps did to the masters by 0.8 %.
+WORST_SECOND_LOSS, WORST_MOVEMENT = 1e-4, 0.015
 WORST_ROUNDING = 0.0035  # of the whole gradient; bf16 keeps 8 bits, so a micro-batch's gradients are off by 0.002
 
 
@@ -39,6 +42,11 @@ def flat(run: dict[str, Any]) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in run["gradients"].values()])
 
 
+def movement(run: dict[str, Any]) -> torch.Tensor:
+    """What two steps did to the fp32 master weights."""
+    return torch.cat([(after - run["before"][name]).flatten() for name, after in run["after"].items()])
+
+
 def difference(run: dict[str, Any], other: dict[str, Any]) -> float:
     return float((flat(run) - flat(other)).norm() / flat(other).norm())
 
@@ -57,7 +65,9 @@ def test_accumulation_in_fp32_costs_one_rounding_only(runs: dict[str, Any], stag
     once, often = runs[f"{stage} 1 fp32"], runs[f"{stage} 16 fp32"]
     assert often["norm"] == pytest.approx(once["norm"], rel=1e-4)
     assert difference(often, once) < WORST_ROUNDING
-    assert often["losses"] == pytest.approx(once["losses"], rel=2e-5)
+    assert often["losses"][0] == pytest.approx(once["losses"][0], rel=1e-6)
+    assert often["losses"][1] == pytest.approx(once["losses"][1], rel=WORST_SECOND_LOSS)
+    assert (movement(often) - movement(once)).norm() < WORST_MOVEMENT * movement(once).norm()
 
 
 @pytest.mark.parametrize("stage", STAGES)

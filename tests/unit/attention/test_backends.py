@@ -76,7 +76,6 @@ def test_bf16_is_at_most_twice_as_far_from_exact_as_plain_torch_in_bf16(case, ba
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", MAHA_CASES + DENSE_CASES, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_on_a_gpu(case, backend):

@@ -153,6 +153,30 @@ def test_config_survives_dict_and_yaml(folder):
     assert load_config(path) == config
 
 
+def test_yaml_for_people_explains_every_key():
+    sources = [{"prefix": "a # b: c", "weight": 0.25}, {"prefix": "d"}]
+    trees = [
+        {},
+        {"data": {"train": sources, "sequence_tokens": 16384}},
+        {"run": {"name": "yes", "folder": "3: #\n\n1e3"}},
+    ]
+    for tree in trees:
+        config = config_from_dict(tree)
+        text = dump_yaml(config)
+        assert config_from_dict(yaml.safe_load(text)) == config
+        words = " ".join(text.replace("#", " ").split())
+        for section in vars(config).values():
+            for key in dataclasses.fields(section):
+                assert " ".join(key.metadata["help"].replace("#", " ").split()) in words
+        assert max(map(len, text.splitlines())) <= 120
+
+
+def test_yaml_for_people_tells_the_default_windows():
+    assert "  windows: []  # here [128, 112, 124, 64]\n" in dump_yaml(Config())
+    for tree in ({"maha": {"windows": [128, 112, 124, 64]}}, {"model": {"attention": ["dense"]}}):
+        assert "# here" not in dump_yaml(config_from_dict(tree))
+
+
 def test_dict_is_plain_data():
     tree = config_to_dict(config_from_dict({"data": {"train": [{"prefix": "a"}]}}))
     assert tree["data"]["train"] == [{"prefix": "a", "weight": 1.0}]

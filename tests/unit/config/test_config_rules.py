@@ -69,6 +69,7 @@ REFUSED = {
     ],
     "optimizer_keys_make_sense": [
         ({"optimizer": {"name": "sgd", "beta1": 0.5}}, ["optimizer.beta1", "sgd"]),
+        ({"optimizer": {"name": "sgd", "weight_decay": 0.2}}, ["optimizer.weight_decay", "sgd"]),
         ({"optimizer": {"beta2": 1.0}}, ["optimizer.beta2 = 1.0", "below 1"]),
     ],
     "validation_share_is_a_share": [
@@ -103,6 +104,7 @@ ACCEPTED = [
     {"schedule": {"kind": "constant", "peak": 0.1}},
     {"schedule": {"kind": "constant", "peak": 0.1, "final": 0.1}},
     {"optimizer": {"name": "sgd"}},
+    {"optimizer": {"name": "sgd", "weight_decay": 0.0}},
 ]
 
 

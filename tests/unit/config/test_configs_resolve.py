@@ -1,5 +1,6 @@
 """Every file below configs/ does what its folder promises."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from maha_megatron.config.load import REPOSITORY_CONFIGS, load_config, load_frag
 from maha_megatron.config.render_deepspeed import deepspeed_config
 from maha_megatron.config.render_mcore import transformer_config_fields
 from maha_megatron.config.rules import check_topology
+from maha_megatron.errors import ConfigError
 
 
 def files(folder):
@@ -52,6 +54,21 @@ def test_every_cluster_fits_every_model(model, cluster):
 )
 def test_clusters_fit_the_ranks_they_are_named_after(cluster, world_size):
     check_topology(load_fragments(["model/hybrid", f"cluster/{cluster}"]), world_size)
+
+
+def runs_at(tensor):
+    """Sizes that a tensor-parallel size takes."""
+    found = set()
+    for size in names("size"):
+        with contextlib.suppress(ConfigError):
+            load_fragments(["model/hybrid", f"size/{size}", "cluster/multinode"], [f"parallel.tensor={tensor}"])
+            found.add(size)
+    return found
+
+
+def test_tensor_sizes_are_what_the_comments_say():
+    assert set(names("size")) - runs_at(4) == {"30m"}
+    assert runs_at(8) == {"60m", "350m", "760m", "1b", "3b", "7b"}
 
 
 @pytest.mark.parametrize("path", files("model"), ids=lambda path: path.stem)

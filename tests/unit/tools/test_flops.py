@@ -45,10 +45,20 @@ def test_maha_saves_what_is_claimed():
 def test_shares_stand_beside_it():
     found = report("hybrid", "--sequence", "4096")
     others = found["attention_share_frac_of_others"]
-    assert set(others) == {"maha", "hybrid", "window", "dense"}
+    assert set(others) == {"maha", "hybrid", "window", "window_hybrid", "dense"}
     assert found["attention_share_frac"] == others["hybrid"]["125m"]
     for size in ("125m", "7b"):
         assert others["maha"][size] < others["hybrid"][size] < others["dense"][size] < 1
+
+
+@pytest.mark.parametrize(("sequence", "keys"), [(512, 256), (4096, 428), (65536, 682)])
+def test_windows_see_as_many_keys_as_maha_at_that_length(sequence, keys):
+    found = report("maha", "--sequence", str(sequence))
+    assert found["keys_of_windows"] == sum(found["windows"]) == keys
+    for model in ("window", "window_hybrid"):
+        one = report(model, "--sequence", str(sequence), "--set", f"maha.windows=[{keys}]")
+        assert found["attention_share_frac_of_others"][model]["125m"] == one["attention_share_frac"]
+    assert f"{keys} keys" in flops("--config", "configs/model/maha.yaml", "--sequence", str(sequence)).stdout
 
 
 def test_sequence_overrides_the_files():
