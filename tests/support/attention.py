@@ -70,8 +70,13 @@ def attend(case: Case, values: dict[str, torch.Tensor], backend: str) -> dict[st
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     document_start = start_rows(case.lengths).to(inputs[0].device)
     if isinstance(case.spec, DenseSpec):
-        lengths = case.lengths
-        out = dense_attention(*inputs, document_start, parameters, case.spec, backend=backend, document_lengths=lengths)
+        bounds = torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32).to(document_start.device)
+        documents = {
+            "document_lengths": case.lengths,
+            "document_bounds": bounds,
+            "longest_document": max(case.lengths),
+        }
+        out = dense_attention(*inputs, document_start, parameters, case.spec, backend=backend, **documents)
         return {"out": out}
     result = maha_attention(*inputs, document_start, parameters, case.spec, backend=backend, with_weights=True)
     return {"out": result.out_tnd, "weights": result.scale_weights_tnl}
