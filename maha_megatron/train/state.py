@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from maha_megatron.checkpoint import layout
+from maha_megatron.checkpoint.agreement import Failures
 from maha_megatron.checkpoint.load import checkpoint_to_continue, load_random_state
 from maha_megatron.checkpoint.manifest import describe
 from maha_megatron.checkpoint.save import save_checkpoint
@@ -42,7 +43,10 @@ def start_or_resume(engine: Engine, config: Config) -> RunState:
         return RunState()
     checkpoint, manifest = found
     engine.read_state(checkpoint / layout.ENGINE)
-    load_random_state(checkpoint)
+    failures = Failures()
+    with failures.kept():
+        load_random_state(checkpoint)
+    failures.raise_together()
     return RunState(step=manifest.step, consumed_samples=manifest.consumed_samples)
 
 

@@ -43,6 +43,17 @@ def test_the_newest_is_continued(tmp_path: Path) -> None:
     assert (found, read.step, read.consumed_samples) == (newest, 4, 32)
 
 
+def test_a_lost_latest_does_not_lose_the_run(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    newest = save(tmp_path, 20)
+    (newest.parent / layout.LATEST).unlink()
+    (newest.parent / layout.step_name(30)).mkdir()  # without a manifest: not complete
+    found, read = checkpoint_to_continue(config(tmp_path), 1)
+    assert (found, read.step) == (newest, 20)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume is false"):
+        checkpoint_to_continue(config(tmp_path, checkpoint__resume=False), 1)
+
+
 def test_changed_training_settings_do_not_matter(tmp_path: Path) -> None:
     save(tmp_path)
     changed = config(tmp_path, train__steps=5000, schedule__peak=1e-5, train__micro_batch_samples=2)
