@@ -1,6 +1,8 @@
 """Reading a checkpoint: which one to continue from, and weights for a model of any topology."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,14 +16,21 @@ from maha_megatron.errors import CheckpointError
 from maha_megatron.model.names import logical_names
 
 
-def checkpoint_to_continue(config: Config, world_size: int) -> tuple[Path, manifests.Manifest] | None:
+def checkpoint_to_continue(
+    config: Config, world_size: int, data: Mapping[str, Any]
+) -> tuple[Path, manifests.Manifest] | None:
     """The checkpoint that the run continues from, verified; None if the run starts anew. Collective over all ranks.
 
     Rank 0 chooses; every rank verifies what it sees of the choice.
 
+    Args:
+        config: the run's configuration.
+        world_size: its ranks.
+        data: its training data's Loader.identity.
+
     Raises:
-        CheckpointError: on every rank; it is damaged, not seen by all ranks, belongs to another model or another
-            topology, or the run folder has checkpoints although `checkpoint.resume` is off.
+        CheckpointError: on every rank; it is damaged, not seen by all ranks, belongs to another model, topology or
+            data, or the run folder has checkpoints although `checkpoint.resume` is off.
     """
     folder, failures, chosen, manifest = layout.checkpoints_folder(config.run.folder), Failures(), None, None
     with failures.kept():
@@ -39,6 +48,7 @@ def checkpoint_to_continue(config: Config, world_size: int) -> tuple[Path, manif
             )
         manifest = manifests.read(checkpoint)
         manifests.check_same_model(manifest, config)
+        manifests.check_same_data(manifest, data)
         manifests.check_same_topology(manifest, config, world_size)
     failures.raise_together()
     return checkpoint, manifest

@@ -34,12 +34,12 @@ def look(rank: int, folder: str) -> dict[str, str]:
     }
     for name, run in (("nothing", f"{folder}/new"), ("resume shared", shared), ("resume own", own)):
         config = tiny_config(run__folder=run)
-        described = manifest.describe(config, step=4, consumed_samples=32, world_size=WORLD, versions={})
+        described = manifest.describe(config, step=4, consumed_samples=32, world_size=WORLD, data={}, versions={})
         checkpoint = layout.checkpoints_folder(run) / layout.step_name(4)
         if rank == 0 and name != "nothing":
             checkpoint.mkdir(parents=True)
             manifest.write(described, checkpoint)
-        seen[name] = message(lambda config=config: found.append(checkpoint_to_continue(config, WORLD)))
+        seen[name] = message(lambda config=config: found.append(checkpoint_to_continue(config, WORLD, {})))
     return seen
 
 
