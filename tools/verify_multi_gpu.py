@@ -1,6 +1,9 @@
-"""Show that every topology of two devices trains like one: losses over a run and the first gradient norm.
+r"""Show that every topology of two devices trains like one: losses over a run and the first gradient norm.
 
-    python tools/verify_multi_gpu.py --config configs/run/example_125m.yaml --steps 50 --set ...
+    python tools/verify_multi_gpu.py --config configs/run/example_125m.yaml --steps 50 \
+        --set "data.train=[{prefix: data/corpus_text_document}]" --set data.tokenizer=data/tokenizer.model
+
+The warm-up is kept within the first fifth of the steps.
 
 The yardstick is one device against itself: the same run with the micro-batch split in two. A topology passes when its
 losses stay within twice the largest difference of that pair, at every logged step, and its first gradient norm within
@@ -11,10 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
+
 from maha_megatron.config.load import load_config
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
-from maha_megatron.train.trials import Trial, column, run_side_by_side
+from maha_megatron.train.trials import Trial, column, run_side_by_side, warmup_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,10 +48,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
     """The runs by title: the pair on one device, then every topology of two."""
-    micro = load_config(arguments.config, arguments.set).train.micro_batch_samples
+    config = load_config(arguments.config, arguments.set)
+    micro = config.train.micro_batch_samples
     if micro % 2:
         raise MahaError(f"train.micro_batch_samples is {micro}; set an even number, since the yardstick halves it")
-    common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *arguments.set)
+    warmup = warmup_settings(config.schedule.warmup_steps, arguments.steps, arguments.set)
+    common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *warmup, *arguments.set)
     topologies = {
         ONE: (1, ()),
         SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),
