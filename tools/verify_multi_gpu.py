@@ -39,6 +39,9 @@ def parse_arguments() -> argparse.Namespace:
         "--norm-floor", type=float, default=1e-3,
         help="relative difference of the first gradient norm that bf16 rounding alone explains (default 1e-3)",
     )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="TOPOLOGY", help="topologies to leave out, by title"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the devices (default 1)")
     parser.add_argument("--folder", type=Path, default=Path("runs/verify_multi_gpu"), help="receives the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
@@ -55,14 +58,17 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
     warmup = warmup_settings(config.schedule.warmup_steps, arguments.steps, arguments.set)
     common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *warmup, *arguments.set)
     topologies = {
+        SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),  # first: it takes longest
         ONE: (1, ()),
-        SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),
         "TP2": (2, ("parallel.tensor=2",)),
         "TP2 + sequence parallel": (2, ("parallel.tensor=2", "parallel.sequence=true")),
         "DP2, ZeRO 1": (2, ("zero.stage=1",)),
         "DP2, ZeRO 2": (2, ("zero.stage=2",)),
         "DP2, ZeRO 3": (2, ("zero.stage=3",)),
     }
+    unknown = set(arguments.without) - (topologies.keys() - {ONE, SPLIT})
+    if unknown:
+        raise MahaError(f"--without {', '.join(sorted(unknown))}: the topologies are {', '.join(list(topologies)[2:])}")
     return {
         title: Trial(
             name="".join(letter if letter.isalnum() else "_" for letter in title.lower()),
@@ -71,6 +77,7 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
             processes=processes,
         )
         for title, (processes, extra) in topologies.items()
+        if title not in arguments.without
     }
 
 
