@@ -35,7 +35,7 @@ TENSOR_CASES = {
     "TP 2 + SP, ZeRO 2": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 2},
     "TP 2 + SP, ZeRO 3": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 3},
 }
-# 2 tensor-parallel times 2 data-parallel ranks: the only place where a mix-up of the two groups shows
+# both axes at once: data rank 1 is ranks 2 and 3, which no single axis can tell from any other numbering
 MESH_CASES = {
     f"TP 2 + SP x DP 2, ZeRO {stage}": {
         "parallel__tensor": 2,

@@ -122,8 +122,9 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert all(error <= tolerance for error in errors.values()), errors
 
 
-# half a unit of the dtype in the largest value, twice over; in fp32 as many units as sums of another order may cost
-_ERROR_FLOOR = {torch.bfloat16: 2**-8, torch.float32: 2**-20}
+# half a unit of bf16 in the largest value, twice over; in fp32 the order of sums matters more than their rounding: on a
+# CPU 2^-19.7 is seen where the naive backend happens to be three times nearer
+_ERROR_FLOOR = {torch.bfloat16: 2**-8, torch.float32: 2**-18}
 
 
 def assert_within_twice_of_plain(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:

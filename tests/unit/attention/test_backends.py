@@ -81,8 +81,9 @@ def test_eager_in_many_chunks_and_blocks_equals_the_reference(monkeypatch, case)
 
 @pytest.mark.parametrize("case", [MAHA_CASES[6], MAHA_CASES[8], MAHA_CASES[9], DENSE_CASES[3]], ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_bf16_is_at_most_twice_as_far_from_exact_as_plain_torch_in_bf16(case, backend):
-    assert_within_twice_of_plain(case, backend, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_at_most_twice_as_far_from_exact_as_plain_torch_in_the_dtype(case, backend, dtype):
+    assert_within_twice_of_plain(case, backend, dtype)
 
 
 @pytest.mark.gpu

@@ -45,3 +45,23 @@ def test_repeated_heads_are_those_that_their_queries_read():
     q, kv = torch.empty(3, 6, 4), torch.arange(2.0)[None, :, None].expand(3, 2, 4)
     for repeated in eager._repeated(q, kv, kv):
         assert repeated[0, :, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kernel_knows_groups", [True, False])
+def test_variable_length_attention_gets_the_callers_bounds(monkeypatch, kernel_knows_groups):
+    """The very tensor that came with the micro-batch, not one made anew in every layer."""
+    received = []
+
+    def grouped(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
+        received.extend((key.shape[1], cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa))
+
+    def ungrouped(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal):
+        received.extend((key.shape[1], cu_seq_q, cu_seq_k, max_q, max_k, is_causal))
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", grouped if kernel_knows_groups else ungrouped)
+    monkeypatch.setattr(eager, "_varlen_attention", eager._varlen_attention.__wrapped__)
+    q, kv, bounds = torch.empty(10, 4, 8), torch.empty(10, 2, 8), torch.tensor([0, 5, 8, 10], dtype=torch.int32)
+    eager._varlen_attention()(q, kv, kv, bounds, 5)
+    heads, first, second, *rest = received
+    assert first is second is bounds
+    assert [heads, *rest] == ([2, 5, 5, (-1, 0), True] if kernel_knows_groups else [4, 5, 5, True])
