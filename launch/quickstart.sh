@@ -50,13 +50,44 @@ show_and_run python data_prep/preprocess.py --input "$RUN/corpus.jsonl" --output
   --tokenizer-model "$RUN/tokenizer/tokenizer.model" --append-eod
 
 stage "5/6 train"
-if [ -e "$RUN/train/summary.json" ]; then
-  echo "already trained; remove $RUN/train to train again"
+# A finished run is skipped while the data and the configuration are the ones that it was trained on.
+trained_on=$(cat configs/run/quickstart.yaml "$RUN/data/corpus_text_document.manifest.json" | cksum)
+if [ -e "$RUN/train/summary.json" ] && [ "$(cat "$RUN/train/trained_on" 2>/dev/null)" = "$trained_on" ]; then
+  echo "done already: $RUN/train ('rm -r $RUN/train' trains again)"
 else
-  show_and_run deepspeed --num_gpus 1 --master_port "$(maha_free_port)" launch/pretrain.py --config configs/run/quickstart.yaml
+  if [ -e "$RUN/train/trained_on" ] && [ "$(cat "$RUN/train/trained_on")" != "$trained_on" ]; then
+    echo "$RUN/train was trained on other data or another configuration; move it away or remove it: rm -r $RUN/train" >&2
+    exit 2
+  fi
+  mkdir -p "$RUN/train" && echo "$trained_on" >"$RUN/train/trained_on"
+  where=()
+  if [ "$RUN" != runs/quickstart ]; then
+    where=(--set "run.folder=$RUN/train" --set "data.train=[{prefix: $RUN/data/corpus_text_document}]"
+      --set "data.tokenizer=$RUN/tokenizer/tokenizer.model")
+  fi
+  show_and_run deepspeed --num_gpus 1 --master_port "$(maha_free_port)" launch/pretrain.py \
+    --config configs/run/quickstart.yaml ${where[@]+"${where[@]}"}
 fi
 
 stage "6/6 sample"
-if [ ! -e "$RUN/sample.txt" ]; then
-  show_and_run python tools/generate.py --run "$RUN/train" --prompt "def " --tokens 120 --output "$RUN/sample.txt"
+if [ ! -e "$RUN/sample.txt" ] || [ "$RUN/sample.txt" -ot "$RUN/train/summary.json" ]; then
+  show_and_run python tools/generate.py --run "$RUN/train" --prompt "def " --tokens 120 --output "$RUN/sample.txt" >/dev/null
 fi
+cat "$RUN/sample.txt"
+
+stage "results"
+python - "$RUN" <<'PY'
+import json, sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+summary = json.loads((run / "train" / "summary.json").read_text())
+entropy = json.loads((run / "data" / "corpus_text_document.manifest.json").read_text())["unigram_entropy_nats"]
+loss = summary["validation_loss_nats"]
+print(f"run folder       {run}/train")
+print(f"TensorBoard      .venv/bin/tensorboard --logdir {run}/train/tensorboard")
+print(f"loss plot        {run}/train/loss.png")
+print(f"generated text   {run}/sample.txt")
+print(f"validation loss  {loss:.4f} nats a token, {entropy - loss:.2f} nats below the unigram entropy {entropy:.4f}")
+print(f"                 {summary['validation_bits_per_byte']:.4f} bits a byte")
+PY

@@ -1,10 +1,11 @@
-"""Train several architectures under the same settings and compare speed, memory and loss.
+r"""Train several architectures under the same settings and compare speed, memory and loss.
 
     python tools/benchmark_training.py --models hybrid maha dense --size 125m --cluster 1gpu --steps 200 \
-        --set "data.train=[{prefix: data/corpus}]" --set data.tokenizer=data/tokenizer.model
+        --set "data.train=[{prefix: data/corpus_text_document}]" --set data.tokenizer=data/tokenizer.model
 
 Every model runs launch/pretrain.py in a process of its own, on the same data in the same order. Speeds are medians over
-the logged steps after the first fifth. Results go to tools/results/ as Markdown and JSON, raw rows included.
+the steps after the first fifth, in which the warm-up is kept. Results go to tools/results/ as Markdown and JSON, raw
+rows included.
 """
 
 import argparse
@@ -14,9 +15,12 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
+
+from maha_megatron.config.load import load_config
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
-from maha_megatron.train.trials import Trial, column, run_side_by_side
+from maha_megatron.train.trials import Trial, column, run_side_by_side, warmup_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +75,9 @@ def planned(arguments: argparse.Namespace, model: str, *own: str) -> Trial:
     config = arguments.folder / f"{name}.yaml"
     fragments = [f"model/{model}", f"size/{arguments.size}", f"cluster/{arguments.cluster}"]
     config.write_text(json.dumps({"extends": fragments}), encoding="utf-8")  # JSON is YAML
-    settings = (f"train.steps={arguments.steps}", *arguments.set, *own)
+    given = (*arguments.set, *own)
+    warmup = warmup_settings(load_config(config, given).schedule.warmup_steps, arguments.steps, given)
+    settings = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *warmup, *given)
     return Trial(name=name, config=config, settings=settings, processes=arguments.processes)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
-from maha_megatron.errors import ConfigError, MahaError
+from maha_megatron.errors import ConfigError, DataError, MahaError
 
 EXIT_USER_ERROR = 2
 
@@ -50,13 +50,24 @@ def run(options: argparse.Namespace) -> None:
     from maha_megatron.parallel import compat
 
     checkpoint = find_checkpoint(options.run, options.checkpoint)
-    config = config_from_dict(dict(manifests.read(checkpoint).config))
+    manifest = manifests.read(checkpoint)
+    config = config_from_dict(dict(manifest.config))
     one_process = dataclasses.replace(config.parallel, tensor=1, sequence=False)
     config = dataclasses.replace(config, parallel=one_process)
     path = options.tokenizer or config.data.tokenizer
     if not path:
         raise ConfigError("the run's configuration names no tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(path)
+    if tokenizer.vocabulary != config.model.vocabulary:
+        raise DataError(
+            f"the tokenizer {path} has {tokenizer.vocabulary} token ids, the model {config.model.vocabulary}: "
+            "give the tokenizer that the run was trained with by --tokenizer"
+        )
+    if tokenizer.fingerprint != manifest.data["tokenizer"]:
+        raise DataError(
+            f"{path} is another tokenizer ({tokenizer.fingerprint[:36]}...) than the one that {checkpoint} was trained "
+            f"with ({manifest.data['tokenizer'][:36]}...): give that one by --tokenizer"
+        )
     compat.initialise_distributed(config)
     compat.initialise_model_parallel(config)
     compat.seed_everything(config.run.seed)

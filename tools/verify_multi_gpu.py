@@ -1,6 +1,9 @@
-"""Show that every topology of two devices trains like one: losses over a run and the first gradient norm.
+r"""Show that every topology of two devices trains like one: losses over a run and the first gradient norm.
 
-    python tools/verify_multi_gpu.py --config configs/run/example_125m.yaml --steps 50 --set ...
+    python tools/verify_multi_gpu.py --config configs/run/example_125m.yaml --steps 50 \
+        --set "data.train=[{prefix: data/corpus_text_document}]" --set data.tokenizer=data/tokenizer.model
+
+The warm-up is kept within the first fifth of the steps.
 
 The yardstick is one device against itself: the same run with the micro-batch split in two. A topology passes when its
 losses stay within twice the largest difference of that pair, at every logged step, and its first gradient norm within
@@ -11,10 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
+
 from maha_megatron.config.load import load_config
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
-from maha_megatron.train.trials import Trial, column, run_side_by_side
+from maha_megatron.train.trials import Trial, column, run_side_by_side, warmup_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +39,9 @@ def parse_arguments() -> argparse.Namespace:
         "--norm-floor", type=float, default=1e-3,
         help="relative difference of the first gradient norm that bf16 rounding alone explains (default 1e-3)",
     )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="TOPOLOGY", help="topologies to leave out, by title"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the devices (default 1)")
     parser.add_argument("--folder", type=Path, default=Path("runs/verify_multi_gpu"), help="receives the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
@@ -43,19 +51,24 @@ def parse_arguments() -> argparse.Namespace:
 
 def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
     """The runs by title: the pair on one device, then every topology of two."""
-    micro = load_config(arguments.config, arguments.set).train.micro_batch_samples
+    config = load_config(arguments.config, arguments.set)
+    micro = config.train.micro_batch_samples
     if micro % 2:
         raise MahaError(f"train.micro_batch_samples is {micro}; set an even number, since the yardstick halves it")
-    common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *arguments.set)
+    warmup = warmup_settings(config.schedule.warmup_steps, arguments.steps, arguments.set)
+    common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *warmup, *arguments.set)
     topologies = {
+        SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),  # first: it takes longest
         ONE: (1, ()),
-        SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),
         "TP2": (2, ("parallel.tensor=2",)),
         "TP2 + sequence parallel": (2, ("parallel.tensor=2", "parallel.sequence=true")),
         "DP2, ZeRO 1": (2, ("zero.stage=1",)),
         "DP2, ZeRO 2": (2, ("zero.stage=2",)),
         "DP2, ZeRO 3": (2, ("zero.stage=3",)),
     }
+    unknown = set(arguments.without) - (topologies.keys() - {ONE, SPLIT})
+    if unknown:
+        raise MahaError(f"--without {', '.join(sorted(unknown))}: the topologies are {', '.join(list(topologies)[2:])}")
     return {
         title: Trial(
             name="".join(letter if letter.isalnum() else "_" for letter in title.lower()),
@@ -64,6 +77,7 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
             processes=processes,
         )
         for title, (processes, extra) in topologies.items()
+        if title not in arguments.without
     }
 
 

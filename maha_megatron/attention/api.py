@@ -82,6 +82,8 @@ def dense_attention(
     *,
     backend: str = "eager",
     document_lengths: Sequence[int] | None = None,
+    document_bounds: torch.Tensor | None = None,
+    longest_document: int | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention within documents, with the same convolution, normalisation and rotation as MAHA.
 
@@ -92,6 +94,8 @@ def dense_attention(
         backend: implementation by name.
         document_lengths: rows of every document in order, host integers that sum to t; the eager backend needs them,
             since it never reads a tensor back.
+        document_bounds: int32 [documents + 1] on q's device, the first row of every document in order, then t; with
+            `longest_document`, the greatest length, needed by eager where the lengths differ, on CUDA.
 
     Returns:
         [t, n, d] in q's dtype.
@@ -107,7 +111,8 @@ def dense_attention(
     operators = backend_named(backend)
     if spec.convolution:
         q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
-    return operators.attend_dense(q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, document_lengths)
+    documents = (document_lengths, document_bounds, longest_document)
+    return operators.attend_dense(q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, *documents)
 
 
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_start: torch.Tensor) -> None:

@@ -44,10 +44,10 @@ def random_state_file(checkpoint: Path, rank: int) -> Path:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first."""
+    """Steps of the complete checkpoints (those with a manifest) in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    names = (path.name.removeprefix(_STEP) for path in folder.glob(f"{_STEP}*") if path.is_dir())
+    names = (path.parent.name.removeprefix(_STEP) for path in folder.glob(f"{_STEP}*/{MANIFEST}"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -67,9 +67,15 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, whether or not its folder is still there; None without a `latest`."""
+    """The checkpoint that `latest` names, whether or not its folder is still there.
+
+    Without a `latest` (it was lost, or the process died before it) the newest complete one; None if there is none.
+    """
     pointer = folder / LATEST
-    return folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if pointer.is_file():
+        return folder / pointer.read_text(encoding="utf-8").strip()
+    steps = complete_steps(folder)
+    return folder / step_name(steps[-1]) if steps else None
 
 
 def set_latest(folder: Path, checkpoint: Path) -> None:

@@ -1,39 +1,67 @@
 """Reading a checkpoint: which one to continue from, and weights for a model of any topology."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from maha_megatron.checkpoint import layout
 from maha_megatron.checkpoint import manifest as manifests
+from maha_megatron.checkpoint.agreement import Failures, from_first, own_rank
 from maha_megatron.checkpoint.weights import read_weights
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import CheckpointError
 from maha_megatron.model.names import logical_names
 
 
-def checkpoint_to_continue(config: Config, world_size: int) -> tuple[Path, manifests.Manifest] | None:
-    """The checkpoint that the run continues from, verified; None if the run starts anew.
+def checkpoint_to_continue(
+    config: Config, world_size: int, data: Mapping[str, Any]
+) -> tuple[Path, manifests.Manifest] | None:
+    """The checkpoint that the run continues from, verified; None if the run starts anew. Collective over all ranks.
+
+    Rank 0 chooses; every rank verifies what it sees of the choice.
+
+    Args:
+        config: the run's configuration.
+        world_size: its ranks.
+        data: its training data's Loader.identity.
 
     Raises:
-        CheckpointError: it is damaged, belongs to another model or another topology, or the run folder has
-            checkpoints although `checkpoint.resume` is off.
+        CheckpointError: on every rank; it is damaged, not seen by all ranks, belongs to another model, topology or
+            data, or the run folder has checkpoints although `checkpoint.resume` is off.
     """
-    folder = layout.checkpoints_folder(config.run.folder)
-    checkpoint = layout.latest_checkpoint(folder)
-    if checkpoint is None:
+    folder, failures, chosen, manifest = layout.checkpoints_folder(config.run.folder), Failures(), None, None
+    with failures.kept():
+        chosen = _chosen_name(config, folder) if own_rank() == 0 else None
+    failures.raise_together()
+    chosen = from_first(chosen)
+    if chosen is None:
         return None
-    if not config.checkpoint.resume:
+    checkpoint = folder / chosen
+    with failures.kept():
+        if own_rank() != 0 and not checkpoint.is_dir():
+            raise CheckpointError(
+                f"rank {own_rank()} does not see {checkpoint.absolute()}, which rank 0 continues from: run.folder must "
+                "lie on a shared file system, under the same path on every node"
+            )
+        manifest = manifests.read(checkpoint)
+        manifests.check_same_model(manifest, config)
+        manifests.check_same_data(manifest, data)
+        manifests.check_same_topology(manifest, config, world_size)
+    failures.raise_together()
+    return checkpoint, manifest
+
+
+def _chosen_name(config: Config, folder: Path) -> str | None:
+    checkpoint = layout.latest_checkpoint(folder)
+    if checkpoint is not None and not config.checkpoint.resume:
         raise CheckpointError(
             f"{folder} already holds checkpoints, up to {checkpoint.name}, and checkpoint.resume is false: "
             "set it to true, or use another run.folder"
         )
-    manifest = manifests.read(checkpoint)
-    manifests.check_same_model(manifest, config)
-    manifests.check_same_topology(manifest, config, world_size)
-    return checkpoint, manifest
+    return None if checkpoint is None else checkpoint.name
 
 
 def find_checkpoint(run_folder: str | Path, step: int | None = None) -> Path:
@@ -76,8 +104,7 @@ def load_random_state(checkpoint: Path) -> None:
     Raises:
         CheckpointError: this rank's file is missing.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    path = layout.random_state_file(checkpoint, rank)
+    path = layout.random_state_file(checkpoint, own_rank())
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     states = load_file(path)

@@ -12,7 +12,7 @@ from maha_megatron.config.load import config_to_dict
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Manifest:
         consumed_samples: samples of the data order that those steps used; the next step starts there.
         model_fingerprint: hash of what determines the parameters' shapes and meaning.
         topology: what DeepSpeed's own state depends on (see `topology`).
+        data: what the data order and the meaning of its tokens depend on, by key (Loader.identity).
         config: the whole resolved configuration of the run, as plain data.
         versions: package versions and code revision.
         files: size in bytes of every other file of the checkpoint, by its path inside it.
@@ -34,6 +35,7 @@ class Manifest:
     consumed_samples: int
     model_fingerprint: str
     topology: Mapping[str, Any]
+    data: Mapping[str, Any]
     config: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, int]
@@ -53,7 +55,13 @@ def topology(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def describe(
-    config: Config, *, step: int, consumed_samples: int, world_size: int, versions: Mapping[str, str]
+    config: Config,
+    *,
+    step: int,
+    consumed_samples: int,
+    world_size: int,
+    data: Mapping[str, Any],
+    versions: Mapping[str, str],
 ) -> Manifest:
     """Manifest of a checkpoint about to be written; its files are measured when it is complete."""
     return Manifest(
@@ -61,6 +69,7 @@ def describe(
         consumed_samples=consumed_samples,
         model_fingerprint=model_fingerprint(config),
         topology=topology(config, world_size),
+        data=dict(data),
         config=config_to_dict(config),
         versions=dict(versions),
         files={},
@@ -118,6 +127,29 @@ def check_same_model(manifest: Manifest, config: Config) -> None:
         f"the checkpoint of step {manifest.step} belongs to another model than the configuration: {listed}. "
         "Use the configuration it was saved with, or another run.folder"
     )
+
+
+def check_same_data(manifest: Manifest, data: Mapping[str, Any]) -> None:
+    """Refuse to continue in another order of the data, or on tokens of another tokenizer.
+
+    Args:
+        manifest: the checkpoint's.
+        data: this run's Loader.identity.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    differences = [
+        f"{key}: saved with {manifest.data.get(key, 'none')}, now {data.get(key, 'none')}"
+        for key in {**manifest.data, **data}
+        if manifest.data.get(key) != data.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} was trained on other data than this run would read: "
+            f"{'; '.join(differences)}. The same sample numbers would mean other text: restore these, or start a new "
+            "run.folder"
+        )
 
 
 def check_same_topology(manifest: Manifest, config: Config, world_size: int) -> None:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from maha_megatron.checkpoint import layout
 from maha_megatron.checkpoint import manifest as manifests
-from maha_megatron.checkpoint.agreement import Failures, first_message
+from maha_megatron.checkpoint.agreement import Failures, first_message, own_rank
 from maha_megatron.checkpoint.weights import WeightsWriter
 from maha_megatron.errors import CheckpointError
 from maha_megatron.units import format_bytes
@@ -54,7 +53,7 @@ def save_checkpoint(source: Source, run_folder: str | Path, manifest: manifests.
     """
     folder = layout.checkpoints_folder(run_folder)
     partial = layout.partial_folder(folder, manifest.step)
-    first = _rank() == 0
+    first = own_rank() == 0
     failures = Failures()
     if first:
         with failures.kept():
@@ -79,7 +78,7 @@ def save_checkpoint(source: Source, run_folder: str | Path, manifest: manifests.
 
 def _write_weights(source: Source, partial: Path, failures: Failures) -> None:
     writer = None
-    if _rank() == 0:
+    if own_rank() == 0:
         with failures.kept():
             writer = WeightsWriter(partial / layout.WEIGHTS, source.weight_shapes(), source.weight_dtype)
     for name, weight in source.full_weights():
@@ -95,7 +94,7 @@ def _write_random_state(partial: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, layout.random_state_file(partial, _rank()))
+    save_file(states, layout.random_state_file(partial, own_rank()))
 
 
 def _publish(partial: Path, checkpoint: Path, keep: int) -> None:
@@ -115,7 +114,7 @@ def _raise_together(failures: Failures, partial: Path, step: int) -> None:
     message = first_message(message)
     if message is None:
         return
-    if _rank() == 0:
+    if own_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     last = layout.latest_checkpoint(partial.parent)
     kept = f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint"
@@ -130,7 +129,3 @@ def _explain(error: Exception, folder: Path) -> str:
             "free some space, lower checkpoint.keep or move run.folder"
         )
     return f"{type(error).__name__}: {error}"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -7,7 +7,9 @@ whatever the topology. Accumulation step a of data-parallel rank r takes, for j 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,14 @@ from maha_megatron.errors import DataError
 SPLITS = ("train", "validation")
 ENDS_CHECKED = 64
 """Documents whose last token is looked at when a source is opened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerIdentity:
+    """What the loader knows of the tokenizer, which itself need not be there."""
+
+    fingerprint: str
+    end_of_document: int
 
 
 def build_loader(config: Config, *, data_parallel_rank: int, data_parallel_size: int, split: str = "train") -> "Loader":
@@ -44,7 +54,7 @@ def build_loader(config: Config, *, data_parallel_rank: int, data_parallel_size:
     assert 0 <= data_parallel_rank < data_parallel_size
     sources, document_range = _sources(config, split)
     manifests = {source.prefix: read_manifest(source.prefix) for source in sources}
-    end_of_document = _end_of_document(config, manifests)
+    tokenizer = _checked_tokenizer(config, manifests)
     orders = [
         SourceOrder(
             source.prefix,
@@ -58,12 +68,13 @@ def build_loader(config: Config, *, data_parallel_rank: int, data_parallel_size:
     ]
     if config.data.document_bounds:
         for order in orders:
-            _check_document_ends(order, end_of_document)
+            _check_document_ends(order, tokenizer.end_of_document)
     return Loader(
         config,
         orders,
         Mixture([source.weight for source in sources], config.run.seed),
-        end_of_document=end_of_document,
+        tokenizer=tokenizer,
+        texts={prefix: manifest and manifest.sources_sha256[:16] for prefix, manifest in manifests.items()},
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
     )
@@ -78,11 +89,13 @@ class Loader:
         orders: list[SourceOrder],
         mixture: Mixture,
         *,
-        end_of_document: int,
+        tokenizer: TokenizerIdentity,
+        texts: dict[str, str | None],
         data_parallel_rank: int,
         data_parallel_size: int,
     ):
-        self.end_of_document = end_of_document
+        self.end_of_document, self.tokenizer_fingerprint = tokenizer.end_of_document, tokenizer.fingerprint
+        self._texts, self._seed = texts, config.run.seed
         self._orders, self._mixture = orders, mixture
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._vocabulary = config.model.vocabulary
@@ -101,6 +114,19 @@ class Loader:
     def tokens_per_epoch(self) -> int:
         """Tokens of the split in all sources, the cut-off tails included."""
         return sum(order.tokens for order in self._orders)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens a sample number stands for, as plain data by name.
+
+        Equal for runs whose samples are the same, wherever their files lie and however they are batched.
+        """
+        found = {"tokenizer": self.tokenizer_fingerprint, "run.seed": self._seed}
+        found |= {"data.sequence_tokens": self._sequence_tokens}
+        for number, (order, share) in enumerate(zip(self._orders, self._mixture.shares, strict=True)):
+            known = {"share": share, **order.identity, "text": self._texts[order.prefix]}
+            found |= {f"data.train[{number}] {name}": value for name, value in known.items()}
+        return found
 
     def step_batches(self, consumed_samples: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts after `consumed_samples`, one per accumulation step.
@@ -164,8 +190,8 @@ def _sources(config: Config, split: str) -> tuple[tuple[Source, ...], tuple[floa
     return data.train, (border, 1.0)
 
 
-def _end_of_document(config: Config, manifests: dict[str, Manifest | None]) -> int:
-    """The end-of-document id, from the tokenizer or else the manifests, after checking them against each other."""
+def _checked_tokenizer(config: Config, manifests: dict[str, Manifest | None]) -> TokenizerIdentity:
+    """What is known of the tokenizer, from itself or else the manifests, after checking them against each other."""
     if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)
         vocabulary, end_of_document = tokenizer.vocabulary, tokenizer.end_of_document
@@ -191,7 +217,7 @@ def _end_of_document(config: Config, manifests: dict[str, Manifest | None]) -> i
                 f" {manifest.vocabulary} ids) than {origin} ({fingerprint[:28]}..., {vocabulary} ids):"
                 " preprocess it again or set data.tokenizer to its own"
             )
-    return end_of_document
+    return TokenizerIdentity(fingerprint=fingerprint, end_of_document=end_of_document)
 
 
 def _check_document_ends(order: SourceOrder, end_of_document: int) -> None:

@@ -36,6 +36,7 @@ class Mixture:
                 f"weights of the data sources must not be negative, and one must be positive: {list(weights)}"
             )
         total = sum(weights)
+        self.shares = [weight / total for weight in weights]
         self._bounds = [0, *(round(MODULUS * part / total) for part in accumulate(weights))]
         self._offset = (seed * 0x9E3779B97F4A7C15) % MODULUS
 

@@ -90,6 +90,16 @@ class SourceOrder:
             f" = {self._sequence_tokens} needs {self._sequence_tokens + 1}: {advice}"
         )
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the order of this source's samples depends on, beside the seed and the sample's length."""
+        return {
+            "first document": self._first_document,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "lengths": self._lengths_digest[:16],
+        }
+
     def last_tokens(self, documents: int) -> list[int]:
         """The last token of each of the first so many documents that are not empty."""
         lengths = self.indexed.sequence_lengths

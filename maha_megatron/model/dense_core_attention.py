@@ -40,5 +40,7 @@ class DenseCoreAttention(LearnedAttention):
             self.spec,
             backend=self.backend,
             document_lengths=packed_seq_params.document_lengths,
+            document_bounds=packed_seq_params.cu_seqlens_q,
+            longest_document=packed_seq_params.max_seqlen_q,
         )
         return out_tnd.flatten(1)

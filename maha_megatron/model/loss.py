@@ -52,7 +52,9 @@ class OutputLayer(nn.Module):
 
         Args:
             hidden: [t, 1, h], normalised; under sequence parallelism this rank's t / tensor rows.
-            labels_t: int [t]; a masked row's label is not looked at beyond being a valid token id.
+            labels_t: int [t], every one in 0 .. vocabulary - 1, masked rows included. The loader refuses data with
+                other ids; here they are not checked, since that would ask the device: no rank has such a label's
+                row, so its logit would count as 0 (relative to the row's largest) and its loss be wrong unseen.
             loss_mask_t: bool [t], True where the row's loss counts.
 
         Returns:

@@ -4,6 +4,7 @@ import time
 
 import torch.distributed as dist
 
+from maha_megatron.checkpoint.shared_folder import check_shared
 from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import build_loader
 from maha_megatron.parallel import compat, groups
@@ -37,8 +38,9 @@ def train(config: Config) -> int:
     ranks = {"data_parallel_rank": groups.data_rank(), "data_parallel_size": groups.data_size()}
     training_data = build_loader(config, **ranks)
     validation_data = build_loader(config, **ranks, split="validation")
+    check_shared(config.run.folder)
     engine = build_engine(config)
-    state, last = start_or_resume(engine, config), config.train.steps
+    state, last = start_or_resume(engine, config, training_data.identity), config.train.steps
     with RunOutput(config, state, made_with, rank=dist.get_rank(), devices=dist.get_world_size()) as output:
         output.started(engine, state, training_data.tokens_per_epoch)
         stopping = engine.any_rank(signal.requested)
@@ -58,7 +60,7 @@ def train(config: Config) -> int:
             output.stepped(step, result, step_s, logged=logged, validation=validation)
             stopping = engine.any_rank(signal.requested)  # all ranks stop after the same step
             if due(step, config.checkpoint.interval_steps, last) or stopping:
-                output.saved(save(engine, config, state, made_with))
+                output.saved(save(engine, config, state, data=training_data.identity, versions=made_with))
         if state.step < last:
             output.interrupted(state)
             return EXIT_INTERRUPTED

@@ -6,7 +6,7 @@ leaks into the next and the measured program is the one that users run.
 
 import contextlib
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,8 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import psutil
+
 from maha_megatron.errors import TrainingError
 from maha_megatron.train.metrics import METRICS, read_rows
+from maha_megatron.train.record import RECORD
+
+CONSOLE_LOG = "console.log"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,8 @@ def run_trial(
 
     Args:
         trial: what to run.
-        folder: receives one folder a trial, with the run and its console log.
+        folder: receives one folder a trial, with the run and its console log; that of an earlier trial of the same
+            name is removed.
         script: path of launch/pretrain.py.
         timeout_s: the run is ended, with every process it started, after so many seconds.
         device: the one GPU that it may see; None for all.
@@ -53,10 +59,11 @@ def run_trial(
         The rows of its metrics.jsonl.
 
     Raises:
-        TrainingError: the run failed or took too long; the message holds the end of its log.
+        TrainingError: the run failed or took too long (the message holds the end of its log), or its folder holds
+            something else than a run.
     """
     run_folder = folder / trial.name
-    run_folder.mkdir(parents=True, exist_ok=True)
+    _empty_folder(run_folder)
     settings = (f"run.folder={run_folder}", f"run.name={trial.name}", "checkpoint.resume=false", *trial.settings)
     command = [sys.executable]
     if trial.processes > 1:
@@ -65,7 +72,7 @@ def run_trial(
     command += [str(script), "--config", str(trial.config)]
     command += [part for setting in settings for part in ("--set", setting)]
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
-    log = run_folder / "console.log"
+    log = run_folder / CONSOLE_LOG
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -75,7 +82,7 @@ def run_trial(
         except subprocess.TimeoutExpired:
             code = f"no end after {timeout_s:.0f} s"
         finally:
-            _end_group(process)
+            _end_all(process)
     if code != 0:
         raise TrainingError(f"trial {trial.name} failed ({code}); the end of {log}:\n{_tail(log)}")
     return read_rows(run_folder / METRICS)
@@ -120,9 +127,40 @@ def column(rows: Sequence[dict[str, float]], name: str) -> dict[int, float]:
     return {int(row["step"]): row[name] for row in rows if name in row}
 
 
-def _end_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it ended by itself, with all its ranks
-        os.killpg(process.pid, signal.SIGKILL)
+def warmup_settings(configured_steps: int, steps: int, given: Sequence[str]) -> tuple[str, ...]:
+    """The override that keeps the warm-up of a short run within its first fifth; none if it is given already.
+
+    Args:
+        configured_steps: schedule.warmup_steps of the configuration.
+        steps: steps of the run.
+        given: overrides that win.
+    """
+    key = "schedule.warmup_steps"
+    if any(word.partition("=")[0].strip() == key for word in given):
+        return ()
+    return (f"{key}={min(configured_steps, steps // 5)}",)
+
+
+def _empty_folder(folder: Path) -> None:
+    """Make the folder of a trial, new; what is removed must be an earlier trial's."""
+    if folder.exists():
+        of_a_trial = folder.is_dir() and any((folder / name).is_file() for name in (RECORD, CONSOLE_LOG))
+        if not of_a_trial and not (folder.is_dir() and not any(folder.iterdir())):
+            raise TrainingError(
+                f"{folder} exists and is no folder of an earlier trial: move it, or choose another --folder"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _end_all(process: subprocess.Popen) -> None:
+    """Kill a trial and everything below it, also ranks that a launcher put into sessions of their own."""
+    below = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.pid).children(recursive=True)
+    for found in (process, *below):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.kill()
     process.wait()
 
 

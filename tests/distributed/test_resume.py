@@ -50,7 +50,7 @@ def steps(engine: Engine, config: Config, state: RunState, last: int, *, rate: f
         losses.append(engine.step(batches, rate * 0.9**state.step, place).loss_nats)
         state = state.after_step(samples)
         if state.step in (5, KILLED):
-            save(engine, config, state, {})
+            save(engine, config, state, data={}, versions={})
     return state, losses
 
 
@@ -62,7 +62,7 @@ def straight_and_resumed(config: Config) -> dict[str, Any]:
         state, more = steps(engine, config, state, LAST)
         seen = {"losses": losses + more, "weights at 7": weights, "masters": whole(engine.full_masters())}
     with engine_for(config, WORLD) as engine:
-        state = start_or_resume(engine, config)
+        state = start_or_resume(engine, config, {})
         assert state == RunState(step=KILLED, consumed_samples=KILLED * config.train.global_batch_samples)
         _, seen["resumed losses"] = steps(engine, config, state, LAST)
         seen["resumed masters"] = whole(engine.full_masters())
@@ -100,7 +100,7 @@ def fails_together(config: Config, rank: int) -> dict[str, Any]:
             builtins.open = lambda path, *rest, **more: opened(
                 "/dev/full" if f"/{layout.ENGINE}/" in str(path) else path, *rest, **more
             )
-        said = message(CheckpointError, lambda: save(engine, config, state, {}))
+        said = message(CheckpointError, lambda: save(engine, config, state, data={}, versions={}))
         builtins.open = opened
         left = sorted(path.name for path in layout.checkpoints_folder(config.run.folder).iterdir())
         before = whole(engine.full_masters())

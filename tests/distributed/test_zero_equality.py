@@ -32,6 +32,18 @@ TENSOR_CASES = {
         "train__micro_batch_samples": 2,
     },
     "TP 2, ZeRO 3": {"parallel__tensor": 2, "zero__stage": 3},
+    "TP 2 + SP, ZeRO 2": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 2},
+    "TP 2 + SP, ZeRO 3": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 3},
+}
+# 2 tensor-parallel times 2 data-parallel ranks: the only place where a mix-up of the two groups shows
+MESH_CASES = {
+    f"TP 2 + SP x DP 2, ZeRO {stage}": {
+        "parallel__tensor": 2,
+        "parallel__sequence": True,
+        "zero__stage": stage,
+        "train__micro_batch_samples": 2,
+    }
+    for stage in (1, 3)
 }
 # the batch whose unmasked tokens all sit on rank 0: where a mean of means, or a count of one's own, shows
 ONE_SIDED = ("ZeRO 0, accumulation 1", "ZeRO 1, accumulation 4", "ZeRO 2, accumulation 1", "ZeRO 3, accumulation 4")
@@ -62,41 +74,57 @@ def two_processes() -> dict[str, Any]:
     return data | run_ranks(observations, 2, 2, TENSOR_CASES, (), timeout_s=500)[0]
 
 
-CASES = [f"{name} / {kind}" for name in (*DATA_CASES, *TENSOR_CASES) for kind in ("sgd", "adamw")]
-CASES += [f"{name} / one-sided" for name in ONE_SIDED]
+@pytest.fixture(scope="module")
+def four_processes() -> dict[str, Any]:
+    return run_ranks(observations, 4, 4, MESH_CASES, tuple(MESH_CASES), timeout_s=500)[0]
 
 
-def pair(case: str, one_process: dict[str, Any], two_processes: dict[str, Any]) -> tuple[dict, dict]:
-    return one_process[case.rpartition(" / ")[2]], two_processes[case]
+CASES = [("two_processes", f"{name} / {kind}") for name in (*DATA_CASES, *TENSOR_CASES) for kind in ("sgd", "adamw")]
+CASES += [("two_processes", f"{name} / one-sided") for name in ONE_SIDED]
+CASES += [("four_processes", f"{name} / {kind}") for name in MESH_CASES for kind in ("sgd", "adamw", "one-sided")]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_first_gradients_and_their_norm(case: str, one_process: dict, two_processes: dict) -> None:
-    one, two = pair(case, one_process, two_processes)
-    assert one["gradients"].keys() == two["gradients"].keys()
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, one_process: dict[str, Any]) -> tuple[dict, dict]:
+    """The same steps of one process and of several."""
+    processes, case = request.param
+    return one_process[case.rpartition(" / ")[2]], request.getfixturevalue(processes)[case]
+
+
+def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Four processes are for the longer run."""
+    marks = {"two_processes": (), "four_processes": pytest.mark.full}
+    parameters = [pytest.param(case, marks=marks[case[0]], id=case[1]) for case in cases]
+    return pytest.mark.parametrize("runs", parameters, indirect=True)
+
+
+@over(CASES)
+def test_first_gradients_and_their_norm(runs: tuple[dict, dict]) -> None:
+    one, several = runs
+    assert one["gradients"].keys() == several["gradients"].keys()
     for name, gradient in one["gradients"].items():
         assert gradient.norm() > 0, f"{name} has no gradient: the test would be blind to it"
-        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-    assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+        assert (several["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert several["norm"] == pytest.approx(one["norm"], rel=1e-5)
     whole = torch.cat([gradient.flatten() for gradient in one["gradients"].values()]).norm()
     assert one["norm"] == pytest.approx(float(whole), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("adamw")])
-def test_weights_after_sgd(case: str, one_process: dict, two_processes: dict) -> None:
-    one, two = pair(case, one_process, two_processes)
+@over([case for case in CASES if not case[1].endswith("adamw")])
+def test_weights_after_sgd(runs: tuple[dict, dict]) -> None:
+    one, several = runs
     for name, after in one["after"].items():
-        assert torch.equal(one["before"][name], two["before"][name]), name
+        assert torch.equal(one["before"][name], several["before"][name]), name
         moved = (after - one["before"][name]).norm()
         assert moved > 0, name
-        assert (two["after"][name] - after).norm() <= 1e-5 * moved + 1e-7 * after.norm(), name
+        assert (several["after"][name] - after).norm() <= 1e-5 * moved + 1e-7 * after.norm(), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_of_twenty_steps(case: str, one_process: dict, two_processes: dict) -> None:
-    one, two = pair(case, one_process, two_processes)
+@over(CASES)
+def test_losses_of_twenty_steps(runs: tuple[dict, dict]) -> None:
+    one, several = runs
     assert len(one["losses"]) == 20
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
 def test_clipping_is_at_work(one_process: dict) -> None:

@@ -157,6 +157,13 @@ def test_another_model_is_refused(trained: tuple[Path, Path, str]) -> None:
     assert "model.hidden: 32 in the checkpoint, 64 in this run" in output
 
 
+def test_another_data_order_is_refused(trained: tuple[Path, Path, str]) -> None:
+    code, output = pretrain(trained[0], "run.seed=77", "train.steps=12")
+    assert code == 2
+    assert "run.seed: saved with 1234, now 77" in output
+    assert "start a new run.folder" in output
+
+
 def test_missing_data_is_said_once_by_many_ranks(config: Path) -> None:
     code, output = pretrain(config, "data.train=[{prefix: nowhere}]", kind="deepspeed", ranks=2)
     assert code == 2, output
@@ -197,3 +204,10 @@ def test_generate(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
     assert text in tool(*command, "--checkpoint", 10), "the same seed draws the same text"
     assert "no checkpoint of step 7; there are: 5, 10" in tool(*command, "--checkpoint", 7, expected=2)
     assert "has no checkpoint" in tool("tools/generate.py", "--run", tmp_path, expected=2)
+    other = tmp_path / "other.model"
+    for vocabulary, said in ((512, "is another tokenizer"), (500, "has 500 token ids, the model 512")):
+        tool(
+            *("data_prep/train_tokenizer.py", "--input", ROOT / "README.md", "--output", other, "--force"),
+            *("--vocabulary", vocabulary),
+        )
+        assert said in tool(*command, "--tokenizer", other, expected=2)

@@ -64,16 +64,35 @@ def leaves(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, tor
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
-def attend(case: Case, values: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """A case's documents as attention takes them, on one device."""
+
+    start_t: torch.Tensor
+    for_dense: dict[str, object]
+
+
+def documents_of(case: Case, device: torch.device | str) -> Documents:
+    bounds = torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32)
+    for_dense = {
+        "document_lengths": case.lengths,
+        "document_bounds": bounds.to(device),
+        "longest_document": max(case.lengths),
+    }
+    return Documents(start_t=start_rows(case.lengths).to(device), for_dense=for_dense)
+
+
+def attend(
+    case: Case, values: dict[str, torch.Tensor], backend: str, documents: Documents | None = None
+) -> dict[str, torch.Tensor]:
     """`out`, and for MAHA `weights`, of the case on these leaves."""
     inputs = [values[name] for name in ("q", "k", "v")]
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
-    document_start = start_rows(case.lengths).to(inputs[0].device)
+    documents = documents or documents_of(case, inputs[0].device)
+    arguments = (*inputs, documents.start_t, parameters, case.spec)
     if isinstance(case.spec, DenseSpec):
-        lengths = case.lengths
-        out = dense_attention(*inputs, document_start, parameters, case.spec, backend=backend, document_lengths=lengths)
-        return {"out": out}
-    result = maha_attention(*inputs, document_start, parameters, case.spec, backend=backend, with_weights=True)
+        return {"out": dense_attention(*arguments, backend=backend, **documents.for_dense)}
+    result = maha_attention(*arguments, backend=backend, with_weights=True)
     return {"out": result.out_tnd, "weights": result.scale_weights_tnl}
 
 
@@ -101,3 +120,34 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         scale = max(value.abs().max().item(), 0.1)
         errors[name] = (found[name].double() - value).abs().max().item() / scale
     assert all(error <= tolerance for error in errors.values()), errors
+
+
+# half a unit of the dtype in the largest value, twice over; in fp32 as many units as sums of another order may cost
+_ERROR_FLOOR = {torch.bfloat16: 2**-8, torch.float32: 2**-20}
+
+
+def assert_within_twice_of_plain(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Results and gradients are at most twice as far from exact as the naive backend's in the same dtype."""
+    plain, found = _plain(case, dtype), results(case, backend, dtype, device)
+    for name, exact in _rounded_reference(case, dtype).items():
+        error = (found[name].double() - exact).abs().max().item()
+        plain_error = (plain[name].double() - exact).abs().max().item()
+        floor = _ERROR_FLOOR[dtype] * max(exact.abs().max().item(), 0.1)
+        assert error <= max(2 * plain_error, floor), (name, error, plain_error, floor)
+
+
+@functools.cache
+def _plain(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return results(case, "naive", dtype)
+
+
+@functools.cache
+def _rounded_reference(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The naive backend in fp64 on leaves rounded to `dtype`: what a run in that dtype approximates."""
+    values = {name: value.detach().double().requires_grad_() for name, value in leaves(case, dtype).items()}
+    found = attend(case, values, "naive")
+    direction = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
+    grads = torch.autograd.grad(found["out"], list(values.values()), direction, materialize_grads=True)
+    return {name: value.detach() for name, value in found.items()} | {
+        f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)
+    }

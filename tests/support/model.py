@@ -52,12 +52,15 @@ def tiny_config(**changes: object) -> Config:
     return config
 
 
-def random_batch(config: Config, *, rows: int, starts: tuple[int, ...] = (0,), seed: int = 5) -> Batch:
+def random_batch(
+    config: Config, *, rows: int, starts: tuple[int, ...] = (0,), seed: int = 5, device: str = "cpu"
+) -> Batch:
     """Random tokens and labels in documents that begin at `starts`; about a fifth of the labels is masked."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.model.vocabulary, (rows + 1,), generator=generator)
     mask = torch.rand(rows, generator=generator) > 0.2
-    return Batch(tokens[:-1].clone(), tokens[1:].clone(), mask, document_bounds(start_rows(rows, starts), "cpu"))
+    rows_t = (part.clone().to(device) for part in (tokens[:-1], tokens[1:], mask))
+    return Batch(*rows_t, document_bounds(start_rows(rows, starts), device))
 
 
 def start_rows(rows: int, starts: tuple[int, ...]) -> torch.Tensor:
@@ -68,9 +71,9 @@ def start_rows(rows: int, starts: tuple[int, ...]) -> torch.Tensor:
     return start_t
 
 
-def random_model(config: Config, *, seed: int = 7) -> Gpt:
-    """The model on the CPU with every learned parameter at a random value."""
-    model = build_gpt(config, device="cpu")
+def random_model(config: Config, *, seed: int = 7, device: str = "cpu") -> Gpt:
+    """The model with every learned parameter at a random value."""
+    model = build_gpt(config, device=device)
     initialise_parameters(model, config)
     randomise_learned(model, seed)
     return model

@@ -3,12 +3,14 @@
 all documents equally long     one batched causal call (on CUDA cuDNN first: on Hopper it is about 1.8x FA2)
 otherwise, CUDA                variable-length flash attention, if this torch has it and the dtype is 16 bits wide
 otherwise                      one causal call for every document
+
+Under torch.use_deterministic_algorithms cuDNN, whose backward is not deterministic, is left out; the backward passes of
+torch's flash and memory-efficient kernels then take their deterministic form by themselves.
 """
 
 import contextlib
 import functools
 import inspect
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -20,12 +22,12 @@ from maha_megatron.attention.normalise_rotate import NormaliseRotate, rotation
 from maha_megatron.attention.spec import AttentionParameters, DenseSpec
 
 _log = logging.getLogger(__name__)
-_CUDA_PRIORITY = [
+_CUDA_PRIORITY = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-]
+)
 
 
 def attend_dense(
@@ -36,8 +38,10 @@ def attend_dense(
     parameters: AttentionParameters,
     spec: DenseSpec,
     document_lengths: Sequence[int] | None,
+    document_bounds: torch.Tensor | None,
+    longest_document: int | None,
 ) -> torch.Tensor:
-    """Output [t, n, d]; `document_lengths` must be given, as host integers that sum to t."""
+    """Output [t, n, d]; what it needs to know of the documents must be given: nothing here asks the device."""
     assert document_lengths is not None, (
         "the eager backend needs document_lengths: it never reads document_start_t back"
     )
@@ -50,21 +54,45 @@ def attend_dense(
     if len(set(document_lengths)) == 1:
         batch = (len(document_lengths), document_lengths[0])
         q, k, v = (x.unflatten(0, batch) for x in (q_tnd, k_tgd, v_tgd))
-        return _causal(q, k, v).flatten(0, 1)
+        return _causal(q, k, v, "all documents at once").flatten(0, 1)
     varlen = _varlen_attention() if q_tnd.is_cuda and q_tnd.dtype.itemsize == 2 else None
     if varlen is not None:
-        return varlen(q_tnd, k_tgd, v_tgd, document_lengths)
+        assert document_bounds is not None, "documents of several lengths on CUDA need document_bounds on the device"
+        assert longest_document is not None, "documents of several lengths on CUDA need longest_document"
+        return varlen(q_tnd, k_tgd, v_tgd, document_bounds, longest_document)
     documents = zip(*(x.split(list(document_lengths)) for x in (q_tnd, k_tgd, v_tgd)), strict=True)
-    return torch.cat([_causal(q[None], k[None], v[None])[0] for q, k, v in documents])
+    return torch.cat([_causal(q[None], k[None], v[None], "document by document")[0] for q, k, v in documents])
 
 
-def _causal(q_bsnd: torch.Tensor, k_bsgd: torch.Tensor, v_bsgd: torch.Tensor) -> torch.Tensor:
-    """Batched causal attention [b, s, n, d]; KV heads are shared, not repeated."""
+def _causal(q_bsnd: torch.Tensor, k_bsgd: torch.Tensor, v_bsgd: torch.Tensor, manner: str) -> torch.Tensor:
+    """Batched causal attention [b, s, n, d]; KV heads are shared where a fast kernel can read them so."""
+    if q_bsnd.is_cuda and q_bsnd.dtype == torch.float32:
+        # the one fast kernel of this width, the memory-efficient one, takes no grouped heads
+        k_bsgd, v_bsgd = _repeated(q_bsnd, k_bsgd, v_bsgd)
     q, k, v = (x.transpose(1, 2) for x in (q_bsnd, k_bsgd, v_bsgd))
-    kernels = sdpa_kernel(_CUDA_PRIORITY, set_priority=True) if q.is_cuda else contextlib.nullcontext()
-    with kernels:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    options = {"is_causal": True, "enable_gqa": q.shape[1] != k.shape[1]}
+    with sdpa_kernel(_cuda_kernels(), set_priority=True) if q.is_cuda else contextlib.nullcontext():
+        kernel = SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name if q.is_cuda else "torch's CPU kernel"
+        _say_once(f"{kernel}, {manner}")
+        out = F.scaled_dot_product_attention(q, k, v, **options)
     return out.transpose(1, 2)
+
+
+def _cuda_kernels() -> list[SDPBackend]:
+    """Kernels allowed now, best first."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    return [kernel for kernel in _CUDA_PRIORITY if not (exact and kernel == SDPBackend.CUDNN_ATTENTION)]
+
+
+def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with a head for every query head; heads are the last dimension but one."""
+    repeats = q.shape[-2] // k.shape[-2]
+    return (k, v) if repeats == 1 else tuple(x.repeat_interleave(repeats, dim=-2) for x in (k, v))
+
+
+@functools.cache
+def _say_once(kernel: str) -> None:
+    _log.info("dense attention kernel: %s", kernel)
 
 
 @functools.cache
@@ -78,17 +106,14 @@ def _varlen_attention() -> Callable | None:
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 
-    def attend(q_tnd, k_tgd, v_tgd, document_lengths):
+    def attend(q_tnd, k_tgd, v_tgd, document_bounds, longest_document):
         options = dict(causal)
-        if q_tnd.shape[1] != k_tgd.shape[1]:
-            if "enable_gqa" in known:
-                options["enable_gqa"] = True
-            else:
-                repeats = q_tnd.shape[1] // k_tgd.shape[1]
-                k_tgd, v_tgd = (x.repeat_interleave(repeats, dim=1) for x in (k_tgd, v_tgd))
-        bounds = torch.tensor([0, *itertools.accumulate(document_lengths)], dtype=torch.int32)
-        bounds = bounds.pin_memory().to(q_tnd.device, non_blocking=True)
-        longest = max(document_lengths)
-        return varlen_attn(q_tnd, k_tgd, v_tgd, bounds, bounds, longest, longest, **options)
+        if q_tnd.shape[1] != k_tgd.shape[1] and "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k_tgd, v_tgd = _repeated(q_tnd, k_tgd, v_tgd)
+        _say_once("variable-length flash attention")
+        bounds, longest = (document_bounds, document_bounds), (longest_document, longest_document)
+        return varlen_attn(q_tnd, k_tgd, v_tgd, *bounds, *longest, **options)
 
     return attend

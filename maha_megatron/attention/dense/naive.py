@@ -17,8 +17,10 @@ def attend_dense(
     parameters: AttentionParameters,
     spec: DenseSpec,
     document_lengths: Sequence[int] | None,
+    document_bounds: torch.Tensor | None,
+    longest_document: int | None,
 ) -> torch.Tensor:
-    """Output [t, n, d]. `document_lengths` repeats what `document_start_t` says and is not needed here."""
+    """Output [t, n, d]. The last three arguments repeat what `document_start_t` says and are not needed here."""
     position = torch.arange(len(q_tnd), device=q_tnd.device) - document_start_t
     turn = rotation(position.double()[:, None], q_tnd.shape[-1], spec.rope_base, q_tnd.dtype)
     q_tnd = rotate(normalise(q_tnd, parameters.query_gain, spec.norm_epsilon), *turn)

@@ -39,7 +39,9 @@ class Source:
 
 
 def described(step: int) -> manifest.Manifest:
-    return manifest.describe(CONFIG, step=step, consumed_samples=8 * step, world_size=1, versions={"torch": "x"})
+    return manifest.describe(
+        CONFIG, step=step, consumed_samples=8 * step, world_size=1, data={}, versions={"torch": "x"}
+    )
 
 
 def saved(run: Path, step: int, source: Source | None = None, keep: int = 2) -> Path:

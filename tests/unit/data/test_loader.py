@@ -242,3 +242,36 @@ def test_the_index_lies_in_the_cache_folder_or_the_runs(mixed: Config, tmp_path:
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {
         path.name for path in (tmp_path / "run" / "index").iterdir()
     }
+
+
+def identity(config: Config) -> dict:
+    return build_loader(config, data_parallel_rank=0, data_parallel_size=1).identity
+
+
+def test_the_identity_names_what_changes_the_samples(mixed: Config, write_pair: Callable[..., str]) -> None:
+    def with_data(**changes: object) -> Config:
+        return replace(mixed, data=replace(mixed.data, **changes))
+
+    first, second = mixed.data.train
+    other = write_pair("other", random_documents(12, seed=2))
+    retokenised = write_pair("c", random_documents(20), tokenizer_fingerprint="test:2")
+    retokenised = (Source(prefix=retokenised), Source(prefix=retokenised))
+    same = identity(mixed)
+    for changed, names in [
+        (replace(mixed, run=replace(mixed.run, seed=8)), {"run.seed"}),
+        (with_data(sequence_tokens=8), {"data.sequence_tokens"}),
+        (with_data(train=(first, replace(second, weight=2))), {"data.train[0] share", "data.train[1] share"}),
+        (with_data(validation_frac=0.5), {"data.train[0] documents", "data.train[1] documents"}),
+        (with_data(train=(first, Source(prefix=other))), {"data.train[1] lengths"}),
+        (with_data(train=retokenised), {"tokenizer"}),
+    ]:
+        now = identity(changed)
+        assert names <= {name for name in same if now[name] != same[name]}, names
+
+
+def test_the_identity_stays_where_the_samples_do(mixed: Config, write_pair: Callable[..., str]) -> None:
+    moved = write_pair("moved", random_documents(12, seed=1))
+    first, second = mixed.data.train
+    train = (replace(first, weight=30), replace(second, prefix=moved, weight=10))
+    rebatched = replace(mixed.train, steps=99, global_batch_samples=16, micro_batch_samples=2)
+    assert identity(replace(mixed, data=replace(mixed.data, train=train), train=rebatched)) == identity(mixed)

@@ -1,0 +1,99 @@
+"""Attention on a GPU at widths that fast kernels take: values, bitwise repetition, no waiting for the device."""
+
+import logging
+
+import pytest
+import torch
+
+from maha_megatron.attention.dense import eager as dense_eager
+from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from tests.support.attention import (
+    FAST_BACKENDS,
+    Case,
+    assert_within_twice_of_plain,
+    attend,
+    documents_of,
+    leaves,
+    results,
+)
+from tests.support.gpu import deterministic_algorithms, no_host_synchronisation
+
+pytestmark = pytest.mark.gpu
+
+MAHA = MahaSpec(ratio=4, windows=(64, 32, 16))
+DTYPES = [torch.float32, torch.bfloat16]
+VALUE_CASES = [
+    Case(lengths=(150, 1, 211), n=4, g=2, d=64, spec=MAHA),
+    Case(lengths=(128, 128, 128), n=4, g=2, d=64, spec=DenseSpec()),
+    Case(lengths=(150, 1, 211), n=4, g=2, d=64, spec=DenseSpec()),
+]
+PACKED_DENSE = Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=DenseSpec())
+EQUAL_DENSE = Case(lengths=(2048, 2048), n=8, g=2, d=64, spec=DenseSpec())
+LONG_CASES = [Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=MAHA), EQUAL_DENSE, PACKED_DENSE]
+
+
+@pytest.mark.parametrize("case", VALUE_CASES, ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_at_most_twice_as_far_from_exact_as_plain_torch_in_the_dtype(case, backend, dtype):
+    assert_within_twice_of_plain(case, backend, dtype, "cuda")
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_runs_are_bitwise_equal(case, backend, dtype):
+    with deterministic_algorithms():
+        first, *others = (results(case, backend, dtype, "cuda") for _ in range(3))
+    for other in others:
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_never_wait_for_the_device(case, backend, dtype):
+    values, documents = leaves(case, dtype, "cuda"), documents_of(case, "cuda")
+
+    def forward_and_backward():
+        out = attend(case, values, backend, documents)["out"]
+        torch.autograd.grad(out, list(values.values()), torch.ones_like(out))
+
+    forward_and_backward()  # libraries may wait while they start
+    with no_host_synchronisation():
+        forward_and_backward()
+
+
+def test_the_guard_sees_a_wait():
+    value = torch.ones(1, device="cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"), no_host_synchronisation():
+        value.item()
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "deterministic", "expected"),
+    [
+        (EQUAL_DENSE, torch.bfloat16, False, ("CUDNN_ATTENTION, all documents at once",)),
+        (EQUAL_DENSE, torch.bfloat16, True, ("FLASH_ATTENTION, all documents at once",)),
+        (EQUAL_DENSE, torch.float32, False, ("EFFICIENT_ATTENTION, all documents at once",)),
+        (PACKED_DENSE, torch.float32, True, ("EFFICIENT_ATTENTION, document by document",)),
+        (
+            PACKED_DENSE,
+            torch.bfloat16,
+            True,
+            ("variable-length flash attention", "FLASH_ATTENTION, document by document"),  # one, by torch's release
+        ),
+    ],
+    ids=str,
+)
+def test_the_dense_kernel(caplog, case, dtype, deterministic, expected):
+    dense_eager._say_once.cache_clear()
+    caplog.set_level(logging.INFO, logger=dense_eager.__name__)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        attend(case, leaves(case, dtype, "cuda"), "eager")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = {record.getMessage().removeprefix("dense attention kernel: ") for record in caplog.records}
+    assert len(said) == 1, said
+    assert said <= set(expected), said
