@@ -118,12 +118,15 @@ def test_first_unreached_row(ratio, windows):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_slots_of_packed_documents_are_unique_and_ordered(seed):
+    """And the block in slot j holds row j R, by which attention/slots.py finds the slot's document."""
     draw = random.Random(seed)
     lengths = [draw.randint(1, draw.choice((3, 20, 100))) for _ in range(draw.randint(1, 30))]
     for step in (1, 2, 3, 4, 16, 64):
         slots, start = [], 0
         for length in lengths:
-            slots += [first_slot(start, step) + block for block in range(complete_blocks(length, step))]
+            for block in range(complete_blocks(length, step)):
+                slots.append(first_slot(start, step) + block)
+                assert slots[-1] * step in range(start + block * step, start + (block + 1) * step)
             start += length
         assert all(earlier < later for earlier, later in itertools.pairwise(slots))
         assert all(0 <= slot < slot_count(start, step) for slot in slots)
