@@ -74,6 +74,8 @@ def main() -> None:
     write_record(record, arguments, results)
     for origin, taken in sorted(results["taken"].items(), key=lambda item: -item[1]["bytes"]):
         print(f"corpus: {origin}: {taken['documents']} documents, {format_bytes(taken['bytes'])}")
+    if results["without_text"]:
+        print(f"corpus: {results['without_text']} rows without text left out")
     print(f"corpus: {results['documents']} documents, {results['text_bytes']} bytes of text in {options.output}")
 
 
@@ -82,13 +84,16 @@ def write_corpus(options: argparse.Namespace) -> dict[str, Any]:
     taken: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
     digest = hashlib.sha256()
     files = []
-    text_bytes = 0
+    text_bytes = without_text = 0
     with (
         whole_file(options.output) as partial,
         partial.open("w", encoding="utf-8") as stream,
         progress_bar(options.bytes, "corpus") as advance,
     ):
         for origin, source, text in _documents(options):
+            if text is None:
+                without_text += 1
+                continue
             content = text.encode("utf-8", "replace")
             if options.bytes is not None and text_bytes + len(content) > options.bytes:
                 break
@@ -107,12 +112,13 @@ def write_corpus(options: argparse.Namespace) -> dict[str, Any]:
         "text_bytes": text_bytes,
         "sha256": digest.hexdigest(),
         "taken": dict(taken),
+        "without_text": without_text,
         "files": files,
     }
 
 
-def _documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
-    """(origin, source, text) of every document to write."""
+def _documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str | None]]:
+    """(origin, source, text) of every document to write; None where a row of a data set has no text."""
     if options.dataset:
         yield from _hub_documents(options)
     elif options.input:
@@ -126,7 +132,7 @@ def _documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
             yield file.origin, file.name, text
 
 
-def _hub_documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+def _hub_documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str | None]]:
     import datasets
 
     try:
@@ -136,7 +142,13 @@ def _hub_documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str]
         for number, row in enumerate(rows):
             if options.json_keys not in row:
                 raise DataError(f"{options.dataset} has the fields {', '.join(row)}: name one by --json-keys")
-            yield options.dataset, f"{options.dataset}:{number}", row[options.json_keys]
+            text = row[options.json_keys]
+            if text is not None and not isinstance(text, str):
+                raise DataError(
+                    f"field {options.json_keys!r} of {options.dataset} holds no text but {type(text).__name__}: "
+                    "name another by --json-keys"
+                )
+            yield options.dataset, f"{options.dataset}:{number}", text
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, DataError):
             raise

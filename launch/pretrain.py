@@ -11,6 +11,7 @@ exit codes:
   0   trained to train.steps
   2   an error that names what to change: configuration, data, checkpoint, full disk, loss that is not a number
   75  stopped by SIGTERM or Ctrl-C after the step at hand, saved: the same command continues
+  130 stopped at once by a second Ctrl-C, or one before the run began; nothing more was saved
   1   anything else (a defect: please report the traceback)
 """
 
@@ -30,7 +31,7 @@ from maha_megatron.config.rules import check_topology
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import MahaError
 
-EXIT_USER_ERROR, EXIT_DEFECT = 2, 1
+EXIT_USER_ERROR, EXIT_DEFECT, EXIT_KILLED_BY_USER = 2, 1, 130
 LAUNCHER_GRACE_S = 5
 
 
@@ -112,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MahaError as error:
         _report(f"error: {error}")
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped at once, nothing more was saved", file=sys.stderr, flush=True)
+        return EXIT_KILLED_BY_USER
     except Exception:
         _report(traceback.format_exc())
         return EXIT_DEFECT

@@ -4,6 +4,7 @@ Every rank takes part in every collective even after its own disk has failed; th
 """
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from maha_megatron.checkpoint.agreement import Failures, first_message, own_rank
 from maha_megatron.checkpoint.weights import WeightsWriter
 from maha_megatron.errors import CheckpointError
 from maha_megatron.units import format_bytes
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -106,7 +109,10 @@ def _publish(partial: Path, checkpoint: Path, keep: int) -> None:
     except OSError:
         shutil.rmtree(checkpoint)
         raise
-    layout.remove_old_checkpoints(checkpoint.parent, keep)
+    try:
+        layout.remove_old_checkpoints(checkpoint.parent, keep)
+    except OSError as error:  # the new checkpoint is complete and named all the same
+        LOGGER.warning("%s is saved, but older checkpoints could not be removed: %s", checkpoint, error)
 
 
 def _raise_together(failures: Failures, partial: Path, step: int) -> None:

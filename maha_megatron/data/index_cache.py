@@ -1,8 +1,9 @@
 """Folders that several processes may want at once and that exist either whole or not at all."""
 
 import fcntl
-import os
+import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,20 +28,26 @@ def complete_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         with _lock(folder.with_name(f".{folder.name}.lock")):
             if folder.is_dir():
                 return
-            partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            fill(partial)
+            # process ids repeat on other nodes, and in other containers of this one
+            partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{secrets.token_hex(8)}.partial")
             try:
-                partial.rename(folder)
-            except OSError:
+                partial.mkdir()
+                fill(partial)
+                _rename(partial, folder)
+            finally:
                 shutil.rmtree(partial, ignore_errors=True)
-                if not folder.is_dir():
-                    raise
     except OSError as error:
         raise DataError(
             f"cannot write the sample index {folder} ({error}): free space or set data.cache to another folder"
         ) from error
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # not because another process was first
+            raise
 
 
 @contextmanager

@@ -6,6 +6,7 @@ whatever the topology. Accumulation step a of data-parallel rank r takes, for j 
     consumed + (a * data_parallel_size + r) * micro_batch_samples + j.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,14 +141,23 @@ class Loader:
         """This rank's part of the fixed validation samples 0, 1, 2, ...
 
         Every rank yields equally many micro-batches: what is missing at the end is filled with samples whose loss is
-        masked. At most one epoch is used, fewer than train.validation_samples where the split holds fewer.
+        masked. They are fewer than train.validation_samples where a source would have to give one twice.
         """
-        samples = min(self._validation_samples, self.samples_per_epoch)
+        samples = self._samples_without_repeat(self._validation_samples)
         rounds = -(-samples // (self._micro * self._size))
         for number in range(rounds):
             numbers = self._numbers(0, number)
             counted = max(0, min(self._micro, samples - numbers.start))
             yield self._micro_batch(numbers, counted)
+
+    def _samples_without_repeat(self, limit: int) -> int:
+        """Most samples, at most `limit`, that take no source beyond its first epoch."""
+
+        def repeats(samples: int) -> bool:
+            taken = self._mixture.taken(samples)
+            return any(count > order.samples_per_epoch for count, order in zip(taken, self._orders, strict=True))
+
+        return bisect_left(range(1, limit + 1), True, key=repeats)  # counts only grow with the samples
 
     def _numbers(self, consumed_samples: int, accumulation_step: int) -> range:
         first = consumed_samples + (accumulation_step * self._size + self._rank) * self._micro

@@ -10,7 +10,7 @@ floors, known in O(log MODULUS): that count is the index of the sample in its so
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from maha_megatron.errors import DataError
 
@@ -49,6 +49,13 @@ class Mixture:
         return source, self._count_below(self._bounds[source + 1], sample) - self._count_below(
             self._bounds[source], sample
         )
+
+    def taken(self, samples: int) -> list[int]:
+        """How many of the first so many global samples come from each source."""
+        if len(self._bounds) == 2:
+            return [samples]
+        below = [self._count_below(bound, samples) for bound in self._bounds]
+        return [high - low for low, high in pairwise(below)]
 
     def _count_below(self, threshold: int, samples: int) -> int:
         """How many of the first `samples` positions lie below the threshold.

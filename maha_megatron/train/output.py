@@ -34,7 +34,7 @@ class RunOutput:
     def __init__(
         self, config: Config, state: RunState, made_with: Mapping[str, str], *, rank: int, devices: int
     ) -> None:
-        self._config, self._devices, self._first = config, devices, rank == 0
+        self._config, self._devices, self._first, self._start = config, devices, rank == 0, state
         self._folder = Path(config.run.folder)
         self._console = Console(config.train.steps, sys.stdout if self._first else None)
         self._data = _described(config) if self._first else []
@@ -52,6 +52,11 @@ class RunOutput:
             f"{self._config.run.name}: {format_count(total_parameters(self._config))} parameters on {self._devices} "
             f"rank(s), {engine.optimizer_class}; {f'continuing after step {state.step}' if state.step else 'new run'}"
         )
+        if steps <= 0:
+            self._console.say(
+                f"nothing left to train: train.steps = {self._config.train.steps}, and {state.step} are done"
+            )
+            return
         self._console.say(
             f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"
         )
@@ -76,18 +81,29 @@ class RunOutput:
         self._console.say(f"saved {checkpoint}")
 
     def interrupted(self, state: RunState) -> None:
-        """A signal ended the run early."""
-        self._console.say(f"stopped by a signal after step {state.step}, saved; the same command continues from there")
+        """A signal ended the run early; a checkpoint was saved if it made any step."""
+        if state.step > self._start.step:
+            where = f"after step {state.step}, saved; the same command continues from there"
+        elif state.step:
+            where = f"before step {state.step + 1}, nothing new to save; the same command continues after {state.step}"
+        else:
+            where = "before the first step, nothing to save; the same command starts anew"
+        self._console.say(f"stopped by a signal {where}")
 
     def finished(self, state: RunState, elapsed_s: float) -> None:
         """Plot, summary.json and the last lines."""
         if not self._first:
             return
-        facts: dict[str, Any] = {"steps": state.step, "tokens": state.step * self._step_tokens}
+        facts: dict[str, Any] = {
+            "steps": state.step,
+            "tokens": state.consumed_samples * self._config.data.sequence_tokens,
+        }
         for row in read_rows(self._folder / METRICS):  # the last value of each
             facts |= {name: row[name] for name in _IN_SUMMARY if name in row}
         if self._data:
             facts["unigram_entropy_nats"] = _mean(self._data, "unigram_entropy_nats")
+        if self._data and "validation_loss_nats" in facts:
+            facts["nats_below_unigram_entropy"] = facts["unigram_entropy_nats"] - facts["validation_loss_nats"]
         _writing(lambda: summarise(self._folder, self._config.run.name, self._console, facts))
         self._console.say(f"this process ran  {format_duration(elapsed_s)}")
 

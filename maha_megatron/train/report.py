@@ -1,6 +1,7 @@
 """What a person sees of a run: a line while it goes, a plot and a summary at its end. Rank 0 only."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, TextIO
 
 from matplotlib.figure import Figure
 
+from maha_megatron.checkpoint.layout import replace_text
 from maha_megatron.train.metrics import METRICS, TENSORBOARD, read_rows
 from maha_megatron.units import format_bytes, format_count, format_duration
 
@@ -78,7 +80,9 @@ def plot_losses(folder: Path, title: str) -> Path:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(folder / PLOT, bbox_inches="tight")
+    partial = folder / f"{PLOT}.partial"
+    figure.savefig(partial, format="png", bbox_inches="tight")
+    os.replace(partial, folder / PLOT)
     return folder / PLOT
 
 
@@ -92,7 +96,7 @@ def summarise(folder: Path, name: str, console: Console, facts: Mapping[str, Any
         facts: steps, tokens, seconds and the last losses, under their names in metrics.jsonl.
     """
     plot = plot_losses(folder, name)
-    (folder / SUMMARY).write_text(json.dumps({"name": name, **facts}, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / SUMMARY, json.dumps({"name": name, **facts}, indent=2) + "\n")
     console.say(f"run folder       {folder}")
     console.say(f"TensorBoard      tensorboard --logdir {folder / TENSORBOARD}")
     console.say(f"loss plot        {plot} (its data: {folder / METRICS})")
@@ -102,6 +106,11 @@ def summarise(folder: Path, name: str, console: Console, facts: Mapping[str, Any
     line = f"validation loss  {facts['validation_loss_nats']:.4f} nats a token"
     if "validation_bits_per_byte" in facts:
         line += f", {facts['validation_bits_per_byte']:.4f} bits a byte"
-    if "unigram_entropy_nats" in facts:
-        line += f"; the text's unigram entropy is {facts['unigram_entropy_nats']:.4f} nats a token"
     console.say(line)
+    if "nats_below_unigram_entropy" in facts:
+        below = facts["nats_below_unigram_entropy"]
+        distance = f"{abs(below):.2f} nats {'below' if below >= 0 else 'above'}"
+        console.say(
+            f"learned          {distance} the text's unigram entropy of {facts['unigram_entropy_nats']:.4f} nats a "
+            "token, the loss of knowing token counts alone"
+        )

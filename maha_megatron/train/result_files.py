@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from maha_megatron.checkpoint.layout import replace_text
 from maha_megatron.train.record import versions
 
 
@@ -48,9 +49,9 @@ def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     record = {"tool": tool, "date": today, "hardware": hardware(), "versions": versions(), "command": command, **data}
     json_path, text_path = stem.with_suffix(".json"), stem.with_suffix(".md")
-    json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    replace_text(json_path, json.dumps(record, indent=1) + "\n")
     facts = [f"- {name}: {record[name]}" for name in ("date", "hardware")]
     facts.append("- versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
     facts.append(f"- again: `{command}`")
-    text_path.write_text("\n".join([f"# {tool}", "", *facts, "", text.strip(), ""]), encoding="utf-8")
+    replace_text(text_path, "\n".join([f"# {tool}", "", *facts, "", text.strip(), ""]))
     return text_path, json_path

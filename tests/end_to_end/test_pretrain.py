@@ -124,6 +124,26 @@ def test_sigterm_saves_and_exits_with_75(kind: str, ranks: int, config: Path, tm
     assert sorted(losses(run)) == list(range(1, saved + 3))
 
 
+def test_a_signal_while_starting_saves_nothing_and_a_second_ctrl_c_ends_at_once(config: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, runpy, signal, sys; from maha_megatron.train import loop\n"
+        "build = loop.build_engine\n"
+        "def interrupted(config):\n"
+        "    for _ in range(int(sys.argv.pop())): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return build(config)\n"
+        "loop.build_engine = interrupted\n"
+        f"m = runpy.run_path({str(ROOT / 'launch/pretrain.py')!r})\n"
+        f"sys.exit(m['main'](['--config', {str(config)!r}]))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    output = tool(str(tmp_path / "run.py"), 1, expected=75)
+    assert "stopped by a signal before the first step, nothing to save" in output
+    assert not (tmp_path / "run/checkpoints").exists()
+    output = tool(str(tmp_path / "run.py"), 2, expected=130)
+    assert "stopped at once" in output
+    assert "Traceback" not in output
+
+
 def test_a_rank_that_dies_ends_the_others(config: Path, tmp_path: Path) -> None:
     with started(config, "train.steps=100000", kind="torchrun", ranks=2) as process:
         wait_for_step(process, tmp_path / "run", 2)

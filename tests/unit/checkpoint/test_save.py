@@ -130,6 +130,20 @@ def test_a_full_disk_anywhere_leaves_the_last_good_checkpoint(
     assert saved(tmp_path, 6).name == "step_00000006"  # once there is space again
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, 5)
+
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(layout, "remove_old_checkpoints", denied)
+    newest = saved(tmp_path, 6, keep=1)
+    assert layout.latest_checkpoint(newest.parent) == newest
+    assert "step_00000006 is saved, but older checkpoints could not be removed" in caplog.text
+
+
 def test_a_really_full_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_open = open
     monkeypatch.setattr(

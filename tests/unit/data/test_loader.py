@@ -145,10 +145,19 @@ def test_every_rank_validates_equally_often_on_the_same_samples(mixed: Config, s
     assert sum(b.unmasked for batches in by_rank for b in batches) == sum(b.unmasked for b in reference)
 
 
-def test_validation_uses_at_most_one_epoch(mixed: Config) -> None:
-    config = replace(mixed, train=replace(mixed.train, validation_samples=10_000))
+@pytest.mark.parametrize("weights", [(1, 1), (1, 9), (30, 1)])
+def test_validation_reads_no_sample_twice(
+    weights: tuple[float, ...], write_pair: Callable[..., str], make_config: Callable[..., Config]
+) -> None:
+    a = write_pair("a", [[100 + i, *range(500, 515)] for i in range(40)])  # every sample begins with its own token
+    b = write_pair("b", [[200 + i, *range(500, 515)] for i in range(40)])
+    config = make_config(a, b, weights=weights, validation_frac=0.5, document_bounds=False)
+    config = replace(config, train=replace(config.train, validation_samples=10_000))
     loader = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
-    assert len(list(loader.validation_batches())) == loader.samples_per_epoch
+    first = [row[0] for row in rows(list(loader.validation_batches()))]
+    assert len(first) == len(set(first)) < 10_000
+    of_one_source = [sum(lower <= token < lower + 100 for token in first) for lower in (100, 200)]
+    assert max(of_one_source) == loader.samples_per_epoch // 2  # stopped no earlier than needed
 
 
 def build(config: Config, split: str = "train") -> None:

@@ -28,6 +28,14 @@ def test_sources_take_turns_in_proportion_and_in_order(weights: tuple[float, ...
     assert [count > 0 for count in taken] == [weight > 0 for weight in weights]
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (3.0, 1.0), (1.0, 0.0, 2.5)])
+def test_what_is_taken_is_what_is_located(weights: tuple[float, ...]) -> None:
+    mixture = Mixture(weights, seed=5)
+    located = [mixture.locate(sample)[0] for sample in range(200)]
+    for samples in (0, 1, 57, 200):
+        assert mixture.taken(samples) == [located[:samples].count(source) for source in range(len(weights))]
+
+
 def test_far_samples_are_found_without_the_ones_before() -> None:
     mixture = Mixture((2, 1), seed=5)
     expected = [None, None]

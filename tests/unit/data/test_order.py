@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import threading
@@ -159,3 +160,19 @@ def test_a_failed_fill_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     complete_folder(tmp_path / "x", lambda folder: (folder / "content").touch())
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["content"]
+
+
+def test_partial_folders_of_different_processes_never_meet(tmp_path: Path) -> None:
+    """Process ids repeat on other nodes, where no lock may hold either."""
+    partial = []
+
+    def full_disk(folder: Path) -> None:
+        partial.append(folder)
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):
+        with pytest.raises(DataError, match="No space left"):
+            complete_folder(tmp_path / "x", full_disk)
+    assert partial[0] != partial[1]
+    assert all(socket.gethostname() in folder.name for folder in partial)
+    assert [path.name for path in tmp_path.iterdir()] == [".x.lock"]

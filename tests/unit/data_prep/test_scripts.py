@@ -109,6 +109,21 @@ def test_a_data_set_is_streamed(run, tmp_path: Path) -> None:
     assert "cannot be streamed" in err
 
 
+def test_rows_of_a_data_set_without_text_are_counted_and_left_out(run, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(
+        '{"text": "one", "n": 1}\n{"text": null, "n": 2}\n{"text": "two", "n": 3}\n'
+    )
+    arguments = ("make_corpus.py", "--dataset", tmp_path / "set", "--output", tmp_path / "c.jsonl")
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()] == ["one", "two"]
+    assert "1 rows without text left out" in out
+    code, _, err = run(*arguments, "--json-keys", "n")
+    assert code == 2
+    assert "holds no text but int" in err
+
+
 def test_a_skip_imports_neither_torch_nor_megatron(run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text to learn from, and some more of it\n" * 50)
     model = tmp_path / "t.model"

@@ -72,6 +72,25 @@ def test_summary_and_plot(tmp_path: Path) -> None:
     assert str(tmp_path) in text
     assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in text
     assert "2.7500 nats a token, 1.2500 bits a byte" in text
+    assert "unigram" not in text
+
+
+@pytest.mark.parametrize(("below", "said"), [(3.456, "3.46 nats below"), (-0.5, "0.50 nats above")])
+def test_the_summary_compares_with_the_unigram_entropy(tmp_path: Path, below: float, said: str) -> None:
+    stream = io.StringIO()
+    facts = {"steps": 2, "tokens": 4096, "validation_loss_nats": 6.0 - below, "unigram_entropy_nats": 6.0}
+    facts |= {"nats_below_unigram_entropy": below}
+    summarise(tmp_path, "tiny", Console(2, stream), facts)
+    assert f"{said} the text's unigram entropy of 6.0000 nats" in stream.getvalue()
+
+
+def test_a_crash_while_writing_leaves_the_old_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"steps": 2, "tokens": 4096}
+    summarise(tmp_path, "old", Console(2, io.StringIO()), facts)
+    monkeypatch.setattr("os.fsync", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        summarise(tmp_path, "new", Console(2, io.StringIO()), facts)
+    assert json.loads((tmp_path / SUMMARY).read_text())["name"] == "old"
 
 
 def test_a_run_without_rows_still_plots(tmp_path: Path) -> None:

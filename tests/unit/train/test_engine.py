@@ -1,0 +1,43 @@
+"""What a step refuses, on one rank."""
+
+import pytest
+import torch
+
+from maha_megatron.errors import TrainingError
+from maha_megatron.train.engine import Engine
+from maha_megatron.train.guards import StepPlace
+from tests.support.one_rank import one_rank  # noqa: F401 (a fixture)
+from tests.support.training import engine_for, micro_batches, training_config
+
+PLACE = StepPlace(step=1, first_sample=0, samples=8)
+
+
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in engine.full_masters()}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_leaves_the_weights(
+    stage: int, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = training_config(model__layers=2, zero__stage=stage, train__micro_batch_samples=4, optimizer__name="adamw")
+    with engine_for(config, 1) as engine:
+        before, original, calls = masters(engine), engine._loss_sum, []
+
+        def poisoned(batch: object) -> torch.Tensor:
+            calls.append(batch)
+            return original(batch) * (factor if len(calls) == 2 else 1.0)
+
+        batches = micro_batches(config, 0, "random")
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "_loss_sum", poisoned)
+            with pytest.raises(TrainingError, match=r"the loss of step 1 is (nan|inf).*micro-batch 2 of 2"):
+                engine.step(batches, 1e-2, PLACE)
+        after = masters(engine)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    with engine_for(config, 1) as engine:  # the same step without the poison does change them
+        engine.step(micro_batches(config, 0, "random"), 1e-2, PLACE)
+        assert any(not torch.equal(before[name], now) for name, now in masters(engine).items())
