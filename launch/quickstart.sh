@@ -71,9 +71,10 @@ fi
 
 stage "6/6 sample"
 if [ ! -e "$RUN/sample.txt" ] || [ "$RUN/sample.txt" -ot "$RUN/train/summary.json" ]; then
-  show_and_run python tools/generate.py --run "$RUN/train" --prompt "def " --tokens 120 --output "$RUN/sample.txt" >/dev/null
+  show_and_run python tools/generate.py --run "$RUN/train" --prompt "def " --tokens 120 --output "$RUN/sample.txt"
+else
+  cat "$RUN/sample.txt"
 fi
-cat "$RUN/sample.txt"
 
 stage "results"
 python - "$RUN" <<'PY'
