@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.9,<4",
         "tqdm>=4.66,<5",
         "zstandard>=0.23,<1",
+        "psutil>=6,<8",
     ],
     extras_require={
         "dev": ["entmax>=1.3,<2", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.14,<0.18"],

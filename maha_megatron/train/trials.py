@@ -7,7 +7,6 @@ leaks into the next and the measured program is the one that users run.
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -67,8 +66,8 @@ def run_trial(
     settings = (f"run.folder={run_folder}", f"run.name={trial.name}", "checkpoint.resume=false", *trial.settings)
     command = [sys.executable]
     if trial.processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(trial.processes)]
-        command += ["--master-port", str(_free_port())]
+        # standalone: torchrun finds a free port itself, so that trials may run side by side
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trial.processes)]
     command += [str(script), "--config", str(trial.config)]
     command += [part for setting in settings for part in ("--set", setting)]
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
@@ -162,12 +161,6 @@ def _end_all(process: subprocess.Popen) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             found.kill()
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def _tail(path: Path, lines: int = 30) -> str:
