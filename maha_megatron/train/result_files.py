@@ -49,7 +49,7 @@ def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     record = {"tool": tool, "date": today, "hardware": hardware(), "versions": versions(), "command": command, **data}
     json_path, text_path = stem.with_suffix(".json"), stem.with_suffix(".md")
-    replace_text(json_path, json.dumps(record, indent=1) + "\n")
+    replace_text(json_path, json.dumps(record, separators=(",", ":")) + "\n")
     facts = [f"- {name}: {record[name]}" for name in ("date", "hardware")]
     facts.append("- versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
     facts.append(f"- again: `{command}`")
