@@ -4,16 +4,33 @@ Nothing here knows a configuration file, a process group or a device. Letters: n
 L scales, r ratio; under tensor parallelism n and g are the local ones, and every tensor below is a slice along them.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+COUPLING_AT_START = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class MahaSpec:
+    """The numbers of a MAHA layer; README.md of this folder says what each means.
+
+    downsampling "gated", "conv", "mean" or "max"; queries "full" or "pooled"; aggregation "convex", "nash", "mean" or
+    "program"; regularizer "entropy" or "quadratic"; coupling "none" or "gram". `program` is what
+    aggregation/stated_program.py makes of a researcher's program, for aggregation "program" alone.
+    """
+
     ratio: int
     windows: tuple[int, ...]
     downsampling: str = "gated"
+    key_map: bool = False
+    queries: str = "full"
+    aggregation: str = "convex"
+    regularizer: str = "entropy"
+    coupling: str = "none"
+    program: Callable | None = None
     lse_utility: bool = True
     convolution: bool = True
     rope_base: float = 10000.0
@@ -22,6 +39,11 @@ class MahaSpec:
     @property
     def scales(self) -> int:
         return len(self.windows)
+
+    @property
+    def joint_softmax(self) -> bool:
+        """Whether the weights are a softmax of the utilities: entropy without coupling, where no O_l is ever needed."""
+        return (self.aggregation, self.regularizer, self.coupling) == ("convex", "entropy", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,42 +56,86 @@ class DenseSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """One learned tensor: its shape, the dimension that tensor parallelism slices, and its constant start value."""
+    """One learned tensor: its shape, the dimension that tensor parallelism slices, and how it starts.
+
+    It starts as the constant `start`, or with `identity` as identity matrices over its last two dimensions.
+    """
 
     shape: tuple[int, ...]
     sharded_dim: int
     start: float = 0.0
+    identity: bool = False
+
+    def initial(self) -> torch.Tensor:
+        """The start value, fp32 on the CPU."""
+        if self.identity:
+            return torch.eye(self.shape[-1]).expand(self.shape).clone()
+        return torch.full(self.shape, self.start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionParameters:
     """Learned tensors of one attention layer; None where the spec has none.
 
-    Shapes: gate_query [L-1, 2, g, d], gate_bias [L-1, 2, g, r] (axis of 2: 0 = K, 1 = V), utility_query rho [L, n, d],
-    utility_bias beta [L, n], query_gain [n, d], key_gain [g, d], convolution [(n + 2g) d, 3] with channels per KV
-    group in the order: its query heads, its key, its value.
+    Shapes: gate_query [L-1, 2, g, d], gate_bias [L-1, 2, g, r] (axis of 2: 0 = K, 1 = V), pool_kernel
+    [L-1, 2, g, d, r], key_map [L-1, g, d, d] (mapped = key_map @ key), utility_query rho [L, n, d], utility_bias beta
+    [L, n], coupling_raw [n] (kappa = softplus), skew [n, L (L-1) / 2] (upper triangle in row order), query_gain [n, d],
+    key_gain [g, d], convolution [(n + 2g) d, 3] with channels per KV group in the order: its query heads, its key, its
+    value.
     """
 
     gate_query: torch.Tensor | None = None
     gate_bias: torch.Tensor | None = None
+    pool_kernel: torch.Tensor | None = None
+    key_map: torch.Tensor | None = None
     utility_query: torch.Tensor | None = None
     utility_bias: torch.Tensor | None = None
+    coupling_raw: torch.Tensor | None = None
+    skew: torch.Tensor | None = None
     query_gain: torch.Tensor | None = None
     key_gain: torch.Tensor | None = None
     convolution: torch.Tensor | None = None
 
 
 def maha_parameter_specs(spec: MahaSpec, *, n: int, g: int, d: int) -> dict[str, ParameterSpec]:
-    """Learned tensors of a MAHA layer by name, all inert at the start: gates pool to the mean, utilities are 0."""
+    """Learned tensors of a MAHA layer by name.
+
+    Most start inert: blocks are means of their children, key maps the identity, utilities and the game 0. The coupling
+    starts at COUPLING_AT_START.
+    """
     scales = spec.scales
+    shared = _shared_parameter_specs(spec.convolution, qk_norm=True, n=n, g=g, d=d)
+    if scales == 1:
+        return shared
     specs = {}
-    if spec.downsampling == "gated" and scales > 1:
+    if spec.downsampling == "gated":
         specs["gate_query"] = ParameterSpec(shape=(scales - 1, 2, g, d), sharded_dim=2)
         specs["gate_bias"] = ParameterSpec(shape=(scales - 1, 2, g, spec.ratio), sharded_dim=2)
-    if scales > 1:
+    if spec.downsampling == "conv":
+        kernel = (scales - 1, 2, g, d, spec.ratio)
+        specs["pool_kernel"] = ParameterSpec(shape=kernel, sharded_dim=2, start=1 / spec.ratio)
+    if spec.key_map:
+        specs["key_map"] = ParameterSpec(shape=(scales - 1, g, d, d), sharded_dim=1, identity=True)
+    if spec.aggregation != "mean":
         specs["utility_query"] = ParameterSpec(shape=(scales, n, d), sharded_dim=1)
         specs["utility_bias"] = ParameterSpec(shape=(scales, n), sharded_dim=1)
-    return specs | _shared_parameter_specs(spec.convolution, qk_norm=True, n=n, g=g, d=d)
+    if spec.coupling == "gram":
+        raw = math.log(math.expm1(COUPLING_AT_START))
+        specs["coupling_raw"] = ParameterSpec(shape=(n,), sharded_dim=0, start=raw)
+    if spec.aggregation == "nash":
+        specs["skew"] = ParameterSpec(shape=(n, scales * (scales - 1) // 2), sharded_dim=0)
+    return specs | shared
+
+
+def every_parameter_spec() -> dict[str, ParameterSpec]:
+    """One ParameterSpec for every field of AttentionParameters, at the smallest sizes: for what no size decides."""
+    every = {}
+    for downsampling in ("gated", "conv"):
+        spec = MahaSpec(
+            ratio=2, windows=(1, 1), downsampling=downsampling, key_map=True, aggregation="nash", coupling="gram"
+        )
+        every |= maha_parameter_specs(spec, n=1, g=1, d=2)
+    return every
 
 
 def dense_parameter_specs(spec: DenseSpec, *, n: int, g: int, d: int) -> dict[str, ParameterSpec]:

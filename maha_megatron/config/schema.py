@@ -87,7 +87,43 @@ class Maha:
         help="Insist that every row can see back to its document's start; false for a plain sliding window.",
     )
     downsampling: str = leaf(
-        "gated", owner="attention", choices=("gated", "mean"), help="How a block summarises its children."
+        "gated",
+        owner="attention",
+        choices=("gated", "conv", "mean", "max"),
+        help="How a block summarises its children: a learned softmax gate, a learned kernel, mean or maximum.",
+    )
+    key_map: bool = leaf(
+        False, owner="attention", help="A learned d x d map of the pooled keys of every coarse scale, per KV group."
+    )
+    queries: str = leaf(
+        "full",
+        owner="attention",
+        choices=("full", "pooled"),
+        help="Queries of a coarse scale: every row's own, or the block's mean, shifted right (an ablation).",
+    )
+    aggregation: str = leaf(
+        "convex",
+        owner="attention",
+        choices=("convex", "nash", "mean", "program"),
+        help="How the scales' outputs are fused: a convex program, the Nash equilibrium of a game between the scales, "
+        "equal weights, or a program of your own.",
+    )
+    regularizer: str = leaf(
+        "entropy",
+        owner="attention",
+        choices=("entropy", "quadratic"),
+        help="Of convex and nash: entropy gives every scale some weight, quadratic gives sparse weights.",
+    )
+    coupling: str = leaf(
+        "none",
+        owner="attention",
+        choices=("none", "gram"),
+        help="gram: scales with similar outputs share their weight (the Gram matrix of the outputs enters).",
+    )
+    program: str = leaf(
+        "",
+        owner="attention",
+        help="For aggregation: program, module:function that states it; runs only with --allow-program of that name.",
     )
     lse_utility: bool = leaf(
         True,

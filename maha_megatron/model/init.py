@@ -9,16 +9,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from maha_megatron.attention.spec import MahaSpec, maha_parameter_specs
+from maha_megatron.attention.spec import ParameterSpec, dense_parameter_specs, maha_parameter_specs
 from maha_megatron.config.schema import Config
 from maha_megatron.model.names import cut_shard, full_shape, is_attention_parameter, logical_names
+from maha_megatron.model.operators import dense_spec, maha_spec
 from maha_megatron.parallel import groups
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
-
-_STARTS = {
-    field: spec.start for field, spec in maha_parameter_specs(MahaSpec(ratio=2, windows=(1, 1)), n=1, g=1, d=2).items()
-}
 
 
 def initialise_parameters(model: nn.Module, config: Config, *, gather: Gather | None = None) -> None:
@@ -49,7 +46,9 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if is_attention_parameter(name):
-        return torch.full(tuple(shape), _STARTS[name.rpartition(".")[2]])
+        spec = _attention_parameters(config)[name.rpartition(".")[2]]
+        assert spec.shape == tuple(shape), (name, spec.shape, tuple(shape))
+        return spec.initial()
     std = config.model.init_std
     if name.endswith(("attention.output.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.model.layers)
@@ -57,6 +56,12 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
     if name in ("embedding.weight", "output.weight"):
         value[config.model.vocabulary :] = 0
     return value
+
+
+def _attention_parameters(config: Config) -> dict[str, ParameterSpec]:
+    """Whole learned tensors of the model's attention layers by field; those both kinds have are the same in both."""
+    sizes = {"n": config.model.heads, "g": config.model.kv_groups, "d": config.model.head_width}
+    return dense_parameter_specs(dense_spec(config), **sizes) | maha_parameter_specs(maha_spec(config), **sizes)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

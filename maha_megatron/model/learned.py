@@ -19,7 +19,7 @@ class LearnedAttention(nn.Module):
         super().__init__()
         self._fields = tuple(specs)
         for name, spec in specs.items():
-            setattr(self, name, nn.Parameter(torch.full(spec.shape, spec.start, dtype=dtype)))
+            setattr(self, name, nn.Parameter(spec.initial().to(dtype)))
 
     def learned(self) -> AttentionParameters:
         """The tensors of this rank, as the operator takes them."""

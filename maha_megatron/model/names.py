@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from maha_megatron.attention.spec import MahaSpec, maha_parameter_specs
+from maha_megatron.attention.spec import every_parameter_spec
 
 _MODULES = {
     "input_layernorm.weight": "attention_norm.weight",
@@ -21,8 +21,7 @@ _MODULES = {
     "mlp.linear_fc1.weight": "mlp.gate_up.weight",
     "mlp.linear_fc2.weight": "mlp.down.weight",
 }
-# any spec that has every learned tensor: sharded dimensions do not depend on sizes
-_LEARNED = maha_parameter_specs(MahaSpec(ratio=2, windows=(1, 1)), n=1, g=1, d=2)
+_LEARNED = every_parameter_spec()  # sharded dimensions do not depend on sizes
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 
 
