@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.attention.dispatch import backend as backend_named
 from maha_megatron.attention.spec import (
     AttentionParameters,
@@ -22,10 +23,15 @@ from maha_megatron.attention.spec import (
 
 @dataclass(frozen=True, kw_only=True)
 class MahaOutput:
-    """`out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for."""
+    """What `maha_attention` returns.
+
+    `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for; `solves`
+    where an equilibrium was solved for, None where the weights have a closed form or come from a stated program.
+    """
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
+    solves: SolveReport | None
 
 
 def maha_attention(
@@ -68,8 +74,9 @@ def maha_attention(
         q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
     kv = torch.stack((k_tgd, v_tgd), dim=1)
     levels = operators.build_pyramid(kv, document_start_t, parameters, spec)
-    out_tnd, weights_tnl = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
-    return MahaOutput(out_tnd=out_tnd, scale_weights_tnl=weights_tnl.detach() if with_weights else None)
+    attended = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
+    weights_tnl = attended.weights_tnl if with_weights else None
+    return MahaOutput(out_tnd=attended.out_tnd, scale_weights_tnl=weights_tnl, solves=attended.report)
 
 
 def dense_attention(
