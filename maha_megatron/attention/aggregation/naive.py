@@ -111,10 +111,11 @@ def _entropy_equilibrium(matrix, payoff):
             step = torch.linalg.solve(jacobian, force)
             length = torch.ones_like(x[:, :1])
             for _ in range(40):
-                trial = evaluate(x - length * step, m, c)[1].norm(dim=-1) > (1 - 1e-4 * length[:, 0]) * force.norm(
-                    dim=-1
-                )
-                length = torch.where(trial[:, None], length / 2, length)
+                trial = evaluate(x - length * step, m, c)[1].norm(dim=-1, keepdim=True)
+                worse = trial > (1 - 1e-4 * length) * force.norm(dim=-1, keepdim=True)
+                if not worse.any():
+                    break
+                length = torch.where(worse, length / 2, length)
             x = x - length * step
     x = x.to(payoff.dtype)
     force = evaluate(x, matrix, payoff)[1]
@@ -149,9 +150,8 @@ def _weights_on(support, matrix, payoff):
     size = len(inside)
     system = matrix.new_zeros(len(payoff), size + 1, size + 1)
     system[:, size, :size] = system[:, :size, size] = 1
-    system[:, :size, :size] = matrix[:, inside][:, :, inside] + torch.eye(
-        size, dtype=matrix.dtype, device=matrix.device
-    )
+    system[:, :size, :size] = matrix[:, inside][:, :, inside]
+    system[:, range(size), range(size)] += 1
     right = torch.cat((payoff[:, inside], torch.ones_like(payoff[:, :1])), dim=-1)
     solution = torch.linalg.solve(system, right)
     weights = torch.zeros_like(payoff)
