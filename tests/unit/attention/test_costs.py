@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maha_megatron.attention import dispatch
-from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
+from maha_megatron.attention.spec import DenseSpec, MahaSpec
 from maha_megatron.errors import ConfigError
 from maha_megatron.scales import default_windows
 from tests.support.attention import Case, attend, leaves
@@ -88,30 +88,6 @@ def test_kept_for_backward_is_of_the_size_of_the_inputs(lse_utility, convolution
     bound = raw + query + keys_and_values * 4 / 3 + output + offsets
     assert out.untyped_storage().data_ptr() in kept
     assert 0.95 * bound < sum(kept.values()) <= 1.01 * bound
-
-
-@pytest.mark.parametrize("downsampling", ["gated", "conv", "mean", "max"])
-@pytest.mark.parametrize("key_map", [True, False])
-def test_the_pyramid_keeps_its_levels_and_under_a_key_map_the_pooled_keys(downsampling, key_map):
-    rows, g, d = 2048, 2, 32
-    spec = MahaSpec(ratio=4, windows=(128, 112, 128), downsampling=downsampling, key_map=key_map)
-    values = leaves(Case(lengths=(rows,), n=g, g=g, d=d, spec=spec), torch.float32)
-    names = ("gate_query", "gate_bias", "pool_kernel", "key_map")
-    learned = AttentionParameters(**{name: values[name] for name in names if name in values})
-    kept = set()
-
-    def pack(tensor):
-        if tensor.is_floating_point() and tensor.untyped_storage().nbytes() > 2**14:  # learned tensors are smaller
-            kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes() // 4))
-        return tensor
-
-    kv, starts = torch.stack((values["k"], values["v"]), 1), torch.zeros(rows, dtype=torch.int32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        levels = dispatch.backend("eager").build_pyramid(kv, starts, learned, spec)
-    pooled = [rows // 4**scale for scale in range(3)]
-    # the coarsest level is not pooled again
-    assert sum(size for _, size in kept) == g * d * (2 * sum(pooled[:-1]) + key_map * sum(pooled[1:]))
-    assert len(levels) == 3
 
 
 def test_an_unknown_backend_is_refused_by_name():
