@@ -38,9 +38,19 @@ def forward_and_backward(case: Case, backend: str = "eager") -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("lse_utility", [True, False])
-def test_maha_reads_nothing_back_and_holds_nothing_quadratic(lse_utility):
-    spec = MahaSpec(ratio=4, windows=default_windows(16384), lse_utility=lse_utility)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lse_utility": False},
+        {"downsampling": "conv"},
+        {"downsampling": "max"},
+        {"downsampling": "mean", "key_map": True},
+    ],
+    ids=str,
+)
+def test_maha_reads_nothing_back_and_holds_nothing_quadratic(options):
+    spec = MahaSpec(ratio=4, windows=default_windows(16384), **options)
     watch = forward_and_backward(Case(lengths=(5000, 11384), n=1, g=1, d=16, spec=spec))
     assert not watch.names & READS_BACK
     assert watch.largest <= 2**21, "logits of one chunk, or inputs by their size"
