@@ -18,14 +18,19 @@ from maha_megatron.attention.spec import (
     dense_parameter_specs,
     maha_parameter_specs,
 )
+from maha_megatron.attention.state import MahaState, Past, check_document_start, check_state, convolve_after
 
 
 @dataclass(frozen=True, kw_only=True)
 class MahaOutput:
-    """`out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for."""
+    """`out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for.
+
+    `state`: for the next piece, where one was given.
+    """
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
+    state: MahaState | None
 
 
 def maha_attention(
@@ -38,8 +43,9 @@ def maha_attention(
     *,
     backend: str = "eager",
     with_weights: bool = False,
+    state: MahaState | None = None,
 ) -> MahaOutput:
-    """Causal multiscale attention over the packed documents of one sequence.
+    """Causal multiscale attention over the packed documents of one sequence, or of the next piece of B sequences.
 
     Args:
         q_tnd, k_tgd, v_tgd: raw projections [t, n, d] and [t, g, d], float64, float32 or bfloat16, strided views
@@ -49,12 +55,17 @@ def maha_attention(
         spec: the numbers of the operator.
         backend: implementation by name (dispatch.py).
         with_weights: also return the weight of each scale by row and head.
+        state: of the B streams whose next pieces, of equal length and stream after stream, the rows are; t is then B
+            times that length. Rows of each piece count from 0, so the document that a stream goes on with starts at
+            row -offset; `state.document_start` and `piece_document_start` (state.py) say it. A wrong start gives wrong
+            positions and blocks of the wrong rows: on a CPU it is refused, elsewhere nothing would tell.
 
     Returns:
         MahaOutput. A row's output depends on rows of its document up to itself and on nothing else.
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: there is no such backend; a state with pooled queries.
+        StateError: document_start_t does not go on where the state ends (checked on a CPU).
 
     Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
 
@@ -64,12 +75,39 @@ def maha_attention(
     n, g, d = q_tnd.shape[1], k_tgd.shape[1], q_tnd.shape[2]
     _check_parameters(parameters, maha_parameter_specs(spec, n=n, g=g, d=d))
     operators = backend_named(backend)
+    if state is None:
+        out_tnd, weights_tnl, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
+        return MahaOutput(out_tnd=out_tnd, scale_weights_tnl=weights_tnl.detach() if with_weights else None, state=None)
+    check_state(state, spec, q_tnd, k_tgd)
+    document_start_t = document_start_t.long()
+    check_document_start(state, document_start_t)
+    by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
+    outs, weights, states = [], [], []
+    for stream, piece in enumerate(zip(*by_stream, strict=True)):
+        out_tnd, weights_tnl, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+        outs.append(out_tnd)
+        weights.append(weights_tnl.detach())
+        states.append(state.after(stream, levels, piece[:3], piece[3]))
+    return MahaOutput(
+        out_tnd=torch.cat(outs),
+        scale_weights_tnl=torch.cat(weights) if with_weights else None,
+        state=MahaState.stack(states),
+    )
+
+
+def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, past: Past | None = None):
+    """Output and scale weights of one sequence, or of its next piece, and the packed keys and values of every scale."""
+    entries = past_slots = None
+    if past is not None:
+        entries, past_slots = past.entries, spec.windows
     if spec.convolution:
-        q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+        rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+        mixed = operators.convolve(*rows) if past is None else convolve_after(operators.convolve, past.rows, *rows)
+        q_tnd, k_tgd, v_tgd = mixed
     kv = torch.stack((k_tgd, v_tgd), dim=1)
-    levels = operators.build_pyramid(kv, document_start_t, parameters, spec)
-    out_tnd, weights_tnl = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
-    return MahaOutput(out_tnd=out_tnd, scale_weights_tnl=weights_tnl.detach() if with_weights else None)
+    levels = operators.build_pyramid(kv, document_start_t, parameters, spec, entries)
+    out_tnd, weights_tnl = operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
+    return out_tnd, weights_tnl, levels
 
 
 def dense_attention(

@@ -14,6 +14,8 @@ so the offsets a [t, n, L] are all that backward needs to rebuild the probabilit
 Kept for backward: q, the levels, out, a. Infeasible scales have P = 0 exactly, and every gradient carries P.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from maha_megatron.attention.aggregation.eager import scale_log_weights
@@ -29,8 +31,12 @@ def attend(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
+    past_slots: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [t, n, d] and scale weights [t, n, L] (detached); `levels` are packed keys and values of every scale."""
+    """Output [t, n, d] and scale weights [t, n, L] (detached); `levels` are packed keys and values of every scale.
+
+    `past_slots`: how many slots of each level lie in front of slot 0, at most its window; none where it is not given.
+    """
     return _BandedAttention.apply(
         q_tnd,
         parameters.query_gain,
@@ -39,14 +45,15 @@ def attend(
         parameters.utility_bias,
         document_start_t.long(),
         spec,
+        tuple(past_slots or (0,) * spec.scales),
         *levels,
     )
 
 
 class _BandedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, query_gain, key_gain, rho, beta, document_start_t, spec, *levels):
-        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, spec, levels)
+    def forward(ctx, q, query_gain, key_gain, rho, beta, document_start_t, spec, past_slots, *levels):
+        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, spec, past_slots, levels)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         weights = torch.empty(*q.shape[:2], spec.scales, dtype=call.dtype, device=q.device)
         offsets = torch.empty_like(weights)
@@ -63,7 +70,7 @@ class _BandedAttention(torch.autograd.Function):
             chunk.write(weights, weight)
             chunk.write(offsets, (log_weights - lse).masked_fill_(lse == -torch.inf, 0.0))
         ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels)
-        ctx.spec = spec
+        ctx.spec, ctx.past_slots = spec, past_slots
         ctx.mark_non_differentiable(weights)
         return out, weights
 
@@ -71,7 +78,7 @@ class _BandedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, _):
         q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, levels)
+        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, ctx.past_slots, levels)
         grads, scales = _Gradients(call), range(ctx.spec.scales)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
@@ -88,6 +95,7 @@ class _BandedAttention(torch.autograd.Function):
             sum(key_gain_shares).to(key_gain.dtype),
             grad_rho,
             grad_beta,
+            None,
             None,
             None,
             *level_grads,

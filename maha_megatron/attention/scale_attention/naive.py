@@ -1,5 +1,7 @@
 """Attention per scale by its definition: row by row, scale by scale, over the visible blocks only."""
 
+from collections.abc import Sequence
+
 import torch
 
 from maha_megatron.attention.aggregation.naive import aggregate
@@ -14,8 +16,13 @@ def attend(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
+    past_slots: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [t, n, d] and scale weights [t, n, L]; `levels` are the packed keys and values of every scale."""
+    """Output [t, n, d] and scale weights [t, n, L]; `levels` are the packed keys and values of every scale.
+
+    `past_slots`: how many slots of each level lie in front of slot 0; none where it is not given.
+    """
+    past_slots = past_slots or (0,) * spec.scales
     q_tnd = normalise(q_tnd, parameters.query_gain, spec.norm_epsilon)
     keys = [normalise(level[:, 0], parameters.key_gain, spec.norm_epsilon) for level in levels]
     values = [level[:, 1] for level in levels]
@@ -25,7 +32,8 @@ def attend(
         for scale, window in enumerate(spec.windows):
             step = stride(spec.ratio, scale)
             blocks = visible_blocks(row - start, step, window)
-            slots = slice(first_slot(start, step) + blocks.start, first_slot(start, step) + blocks.stop)
+            first = past_slots[scale] + first_slot(start, step)
+            slots = slice(first + blocks.start, first + blocks.stop)
             query_at = torch.tensor((row - start) / step, dtype=torch.float64, device=q_tnd.device)
             key_at = query_at.new_tensor([block + (step - 1) / step for block in blocks])[:, None]
             query = rotate(q_tnd[row], *rotation(query_at, width, spec.rope_base, q_tnd.dtype))
