@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.attention.dispatch import backend as backend_named
+from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.spec import (
     AttentionParameters,
     DenseSpec,
@@ -23,13 +25,16 @@ from maha_megatron.attention.state import MahaState, Past, check_document_start,
 
 @dataclass(frozen=True, kw_only=True)
 class MahaOutput:
-    """`out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for.
+    """What `maha_attention` returns.
 
-    `state`: for the next piece, where one was given.
+    `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for; `solves`
+    where an equilibrium was solved for, None where the weights have a closed form or come from a stated program;
+    `state` for the next piece, where one was given.
     """
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
+    solves: SolveReport | None
     state: MahaState | None
 
 
@@ -76,27 +81,22 @@ def maha_attention(
     _check_parameters(parameters, maha_parameter_specs(spec, n=n, g=g, d=d))
     operators = backend_named(backend)
     if state is None:
-        out_tnd, weights_tnl, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
-        return MahaOutput(out_tnd=out_tnd, scale_weights_tnl=weights_tnl.detach() if with_weights else None, state=None)
+        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
+        return _output([attended], with_weights, None)
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
     check_document_start(state, document_start_t)
     by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
-    outs, weights, states = [], [], []
+    streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
-        out_tnd, weights_tnl, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
-        outs.append(out_tnd)
-        weights.append(weights_tnl.detach())
+        attended, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+        streams.append(attended)
         states.append(state.after(stream, levels, piece[:3], piece[3]))
-    return MahaOutput(
-        out_tnd=torch.cat(outs),
-        scale_weights_tnl=torch.cat(weights) if with_weights else None,
-        state=MahaState.stack(states),
-    )
+    return _output(streams, with_weights, MahaState.stack(states))
 
 
 def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, past: Past | None = None):
-    """Output and scale weights of one sequence, or of its next piece, and the packed keys and values of every scale."""
+    """Attended of one sequence, or of its next piece, and the packed keys and values of every scale."""
     entries = past_slots = None
     if past is not None:
         entries, past_slots = past.entries, spec.windows
@@ -106,8 +106,30 @@ def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, 
         q_tnd, k_tgd, v_tgd = mixed
     kv = torch.stack((k_tgd, v_tgd), dim=1)
     levels = operators.build_pyramid(kv, document_start_t, parameters, spec, entries)
-    out_tnd, weights_tnl = operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
-    return out_tnd, weights_tnl, levels
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots), levels
+
+
+def _output(streams: Sequence[Attended], with_weights: bool, state: MahaState | None) -> MahaOutput:
+    """The streams, one after the other."""
+    return MahaOutput(
+        out_tnd=_joined([attended.out_tnd for attended in streams]),
+        scale_weights_tnl=_joined([attended.weights_tnl for attended in streams]) if with_weights else None,
+        solves=None if streams[0].report is None else _joined_reports([attended.report for attended in streams]),
+        state=state,
+    )
+
+
+def _joined_reports(reports: list[SolveReport]) -> SolveReport:
+    steps = [report.steps_tn for report in reports]
+    return SolveReport(
+        residual_tn=_joined([report.residual_tn for report in reports]),
+        steps_tn=None if steps[0] is None else _joined(steps),
+        missed=torch.stack([report.missed for report in reports]).sum(),
+    )
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def dense_attention(

@@ -180,10 +180,10 @@ def test_no_row_reads_a_later_row_or_another_document_through_the_state(spec):
             assert all((grad[: starts[-1]] == 0).all() for grad in grads), f"{name} holds rows of an earlier document"
 
 
-@pytest.mark.parametrize("cut", [30, 33])
+@pytest.mark.parametrize("cut", [30, 32])
 def test_values_of_an_earlier_document_never_reach_a_later_piece(cut):
     """Not even values that are not numbers, as exact zeros times them would show."""
-    case = a_case("lse", lengths=(30, 4))
+    case = a_case("lse", lengths=(30, 3))
     values = {name: value.detach() for name, value in leaves(case, torch.float64).items()}
     expected, _ = in_pieces(case, values, (cut,), "naive")
     values["v"][:30] = torch.nan
