@@ -25,6 +25,9 @@ SPECS = {
     "ratio 3, no convolution": MahaSpec(ratio=3, windows=(7, 4, 3, 2), convolution=False),
     "least windows": MahaSpec(ratio=5, windows=(4, 4, 1)),
     "one scale": MahaSpec(ratio=2, windows=(9,)),
+    "nash, gram": MahaSpec(ratio=4, windows=(6, 5, 12), aggregation="nash", coupling="gram"),
+    "quadratic, gram": MahaSpec(ratio=4, windows=(6, 5, 12), regularizer="quadratic", coupling="gram"),
+    "mean of the scales": MahaSpec(ratio=4, windows=(6, 5, 12), aggregation="mean"),
 }
 PACKED = (37, 1, 66, 9, 37)
 
