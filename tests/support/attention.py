@@ -81,7 +81,7 @@ def leaves(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, tor
     shapes = {name: (rows, heads, case.d) for name, heads in (("q", case.n), ("k", case.g), ("v", case.g))}
     values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name, spec in parameter_specs(case).items():
-        values[name] = spec.start + 0.4 * torch.randn(spec.shape, generator=generator)
+        values[name] = spec.initial() + 0.4 * torch.randn(spec.shape, generator=generator)
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import maha_megatron.attention.dispatch as dispatch
+import maha_megatron.attention.pyramid.eager as pyramid_eager
 from maha_megatron.attention.scale_attention import bands
 from maha_megatron.attention.slots import visible_slots
 from maha_megatron.attention.spec import DenseSpec, MahaSpec
@@ -16,6 +17,10 @@ SPECS = {
     "lse": MahaSpec(ratio=4, windows=(6, 5, 12)),
     "no lse, mean": MahaSpec(ratio=4, windows=(6, 5, 12), lse_utility=False, downsampling="mean"),
     "ratio 3": MahaSpec(ratio=3, windows=(7, 4, 3, 2)),
+    "conv": MahaSpec(ratio=4, windows=(6, 5, 12), downsampling="conv"),
+    "max": MahaSpec(ratio=4, windows=(6, 5, 12), downsampling="max"),
+    "key map": MahaSpec(ratio=3, windows=(7, 4, 3, 2), key_map=True),
+    "conv, key map": MahaSpec(ratio=4, windows=(6, 5, 12), downsampling="conv", key_map=True),
     "dense": DenseSpec(),
 }
 LENGTHS = {"one document": (150,), "packed": (37, 1, 66, 9, 37)}
@@ -119,6 +124,22 @@ def test_a_leak_planted_in_the_mask_is_caught(monkeypatch, shift, lengths):
         check_jacobian(a_case("lse", lengths), "eager")
     with pytest.raises(AssertionError, match="a change of row"):
         check_changed_tokens(a_case("lse", lengths), "eager", list(range(60, 100)))
+
+
+def _next_children(family, document_start_t, ratio, scale):
+    """A block pools rows one further than its own: its last child belongs to the next block."""
+    children, complete, place = family(document_start_t, ratio, scale)
+    return (children + 1).clamp(max=children.max()), complete, torch.cat((place[-1:], place[:-1]))
+
+
+@pytest.mark.parametrize("spec", ["lse", "no lse, mean", "conv", "max", "key map"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_a_leak_planted_in_the_pyramid_is_caught(monkeypatch, spec, lengths):
+    monkeypatch.setattr(pyramid_eager, "_family", functools.partial(_next_children, pyramid_eager._family))
+    with pytest.raises(AssertionError, match="reads row"):
+        check_jacobian(a_case(spec, lengths), "eager")
+    with pytest.raises(AssertionError, match="a change of row"):
+        check_changed_tokens(a_case(spec, lengths), "eager", list(range(60, 100)))
 
 
 def _forward_convolution(convolve, *arguments):

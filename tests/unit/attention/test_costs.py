@@ -40,9 +40,19 @@ def forward_and_backward(case: Case, backend: str = "eager") -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("lse_utility", [True, False])
-def test_maha_reads_nothing_back_and_holds_nothing_quadratic(lse_utility):
-    spec = MahaSpec(ratio=4, windows=default_windows(16384), lse_utility=lse_utility)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lse_utility": False},
+        {"downsampling": "conv"},
+        {"downsampling": "max"},
+        {"downsampling": "mean", "key_map": True},
+    ],
+    ids=str,
+)
+def test_maha_reads_nothing_back_and_holds_nothing_quadratic(options):
+    spec = MahaSpec(ratio=4, windows=default_windows(16384), **options)
     watch = forward_and_backward(Case(lengths=(5000, 11384), n=1, g=1, d=16, spec=spec))
     assert not watch.names & READS_BACK
     assert watch.largest <= 2**21, "logits of one chunk, or inputs by their size"
@@ -147,6 +157,30 @@ def test_each_scales_output_is_kept_once_where_it_is_needed(options, small):
     query, keys_and_values, outputs = rows * n * d, rows * 2 * g * d, rows * n * scales * d
     bound = query + keys_and_values * 4 / 3 + outputs
     assert bound < sum(kept.values()) <= 1.01 * bound + small * rows * n
+
+
+@pytest.mark.parametrize("downsampling", ["gated", "conv", "mean", "max"])
+@pytest.mark.parametrize("key_map", [True, False])
+def test_the_pyramid_keeps_its_levels_and_under_a_key_map_the_pooled_keys(downsampling, key_map):
+    rows, g, d = 2048, 2, 32
+    spec = MahaSpec(ratio=4, windows=(128, 112, 128), downsampling=downsampling, key_map=key_map)
+    values = leaves(Case(lengths=(rows,), n=g, g=g, d=d, spec=spec), torch.float32)
+    names = ("gate_query", "gate_bias", "pool_kernel", "key_map")
+    learned = AttentionParameters(**{name: values[name] for name in names if name in values})
+    kept = set()
+
+    def pack(tensor):
+        if tensor.is_floating_point() and tensor.untyped_storage().nbytes() > 2**14:  # learned tensors are smaller
+            kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes() // 4))
+        return tensor
+
+    kv, starts = torch.stack((values["k"], values["v"]), 1), torch.zeros(rows, dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        levels = dispatch.backend("eager").build_pyramid(kv, starts, learned, spec)
+    pooled = [rows // 4**scale for scale in range(3)]
+    # the coarsest level is not pooled again
+    assert sum(size for _, size in kept) == g * d * (2 * sum(pooled[:-1]) + key_map * sum(pooled[1:]))
+    assert len(levels) == 3
 
 
 def test_an_unknown_backend_is_refused_by_name():
