@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maha_megatron.attention import row_blocks
-from maha_megatron.attention.api import maha_attention
+from maha_megatron.attention.api import _joined_reports, maha_attention
 from maha_megatron.attention.scale_attention import chunks
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState, piece_document_start
@@ -167,6 +167,20 @@ def test_streams_in_lockstep_equal_each_alone(backend):
     found = torch.autograd.grad(together.square().sum(), inputs)
     expected = torch.autograd.grad(sum(own["out"].square().sum() for own, _ in alone), inputs)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_streams_solver_reports_are_joined():
+    case = a_case("nash, gram", lengths=(20,))
+    values = [leaves(dataclasses.replace(case, seed=seed), torch.float64) for seed in (0, 1)]
+    both = values[0] | {name: torch.cat([own[name] for own in values]) for name in "qkv"}
+    found = read(case, both, start_rows((20,)).repeat(2), initial(case, streams=2)).solves
+    streams = [values[0] | {name: own[name] for name in "qkv"} for own in values]
+    alone = [read(case, own, start_rows((20,)), initial(case)).solves for own in streams]
+    assert torch.equal(found.steps_tn, torch.cat([own.steps_tn for own in alone]))
+    torch.testing.assert_close(found.residual_tn, torch.cat([own.residual_tn for own in alone]), rtol=0, atol=1e-10)
+    reports = [dataclasses.replace(own, missed=torch.tensor(3 + index)) for index, own in enumerate(alone)]
+    assert _joined_reports(reports).missed == 7
+    assert _joined_reports([dataclasses.replace(own, steps_tn=None) for own in alone]).steps_tn is None
 
 
 @pytest.mark.parametrize("spec", ["lse", "ratio 3, no convolution", "one scale", "nash, gram", "mean of the scales"])
