@@ -159,30 +159,6 @@ def test_each_scales_output_is_kept_once_where_it_is_needed(options, small):
     assert bound < sum(kept.values()) <= 1.01 * bound + small * rows * n
 
 
-@pytest.mark.parametrize("downsampling", ["gated", "conv", "mean", "max"])
-@pytest.mark.parametrize("key_map", [True, False])
-def test_the_pyramid_keeps_its_levels_and_under_a_key_map_the_pooled_keys(downsampling, key_map):
-    rows, g, d = 2048, 2, 32
-    spec = MahaSpec(ratio=4, windows=(128, 112, 128), downsampling=downsampling, key_map=key_map)
-    values = leaves(Case(lengths=(rows,), n=g, g=g, d=d, spec=spec), torch.float32)
-    names = ("gate_query", "gate_bias", "pool_kernel", "key_map")
-    learned = AttentionParameters(**{name: values[name] for name in names if name in values})
-    kept = set()
-
-    def pack(tensor):
-        if tensor.is_floating_point() and tensor.untyped_storage().nbytes() > 2**14:  # learned tensors are smaller
-            kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes() // 4))
-        return tensor
-
-    kv, starts = torch.stack((values["k"], values["v"]), 1), torch.zeros(rows, dtype=torch.int32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        levels = dispatch.backend("eager").build_pyramid(kv, starts, learned, spec)
-    pooled = [rows // 4**scale for scale in range(3)]
-    # the coarsest level is not pooled again
-    assert sum(size for _, size in kept) == g * d * (2 * sum(pooled[:-1]) + key_map * sum(pooled[1:]))
-    assert len(levels) == 3
-
-
 def test_an_unknown_backend_is_refused_by_name():
     with pytest.raises(ConfigError, match="unknown attention backend 'egaer': choose one of naive, eager"):
         dispatch.backend("egaer")

@@ -158,6 +158,25 @@ def test_what_lies_in_no_complete_block_gets_exactly_no_gradient(backend, option
         assert (grad == 0).all()
 
 
+@options
+def test_eager_keeps_its_levels_and_under_a_key_map_the_pooled_keys(options):
+    rows, g, d = 2048, 2, 32
+    case = Case(lengths=(rows,), n=g, g=g, d=d, spec=MahaSpec(ratio=4, windows=(128, 112, 128), **options))
+    kept = set()
+
+    def pack(tensor):
+        if tensor.is_floating_point() and tensor.untyped_storage().nbytes() > 2**14:  # learned tensors are smaller
+            kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes() // 4))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, levels = levels_of(case, leaves(case, torch.float32), "eager")
+    pooled = [rows // 4**scale for scale in range(3)]
+    # the coarsest level is not pooled again
+    assert sum(size for _, size in kept) == g * d * (2 * sum(pooled[:-1]) + options["key_map"] * sum(pooled[1:]))
+    assert len(levels) == 3
+
+
 @backends
 def test_a_coarser_scale_pools_mapped_keys(backend):
     case = Case(
