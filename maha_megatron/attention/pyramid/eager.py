@@ -18,37 +18,43 @@ _LEARNED = {"gated": ("gate_query", "gate_bias"), "conv": ("pool_kernel",), "mea
 
 
 def build_pyramid(
-    kv: torch.Tensor, document_start_t: torch.Tensor, parameters: AttentionParameters, spec: MahaSpec
+    kv: torch.Tensor,
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    past: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Packed keys and values of every scale; see pyramid/naive.py for shapes."""
     document_start_t = document_start_t.long()
-    levels = [kv]
+    levels = [kv if past is None else torch.cat((past[0], kv))]
     for scale in range(1, spec.scales):
-        family = _family(document_start_t, spec.ratio, scale)
+        family = _family(document_start_t, spec.ratio, scale, 0 if past is None else len(past[scale - 1]))
         learned = [getattr(parameters, name)[scale - 1] for name in _LEARNED[spec.downsampling]]
         pooled = _Pool.apply(levels[-1], spec.downsampling, *family, *learned)
-        levels.append(_MapKeys.apply(pooled, parameters.key_map[scale - 1]) if spec.key_map else pooled)
+        mapped = _MapKeys.apply(pooled, parameters.key_map[scale - 1]) if spec.key_map else pooled
+        levels.append(mapped if past is None else torch.cat((past[scale], mapped)))
     return levels
 
 
-def _family(document_start_t: torch.Tensor, ratio: int, scale: int) -> tuple[torch.Tensor, ...]:
-    """Who summarises whom between scale-1 and scale.
+def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -> tuple[torch.Tensor, ...]:
+    """Who summarises whom between scale-1 and scale, with `past` finer slots in front of slot 0.
 
     Returns:
-        children [slots, r]: the finer slots that a slot pools; complete [slots] bool; place [finer slots]: where a
-        finer slot sits among all children (slot * r + child number), or slots * r if no complete block holds it.
+        children [slots, r]: the indices of the finer slots that a slot pools; complete [slots] bool; place [past +
+        finer slots]: where a finer slot sits among all children (slot * r + child number), or slots * r if no complete
+        block from slot 0 on holds it.
     """
     fine_stride, coarse_stride = stride(ratio, scale - 1), stride(ratio, scale)
-    coarse, fine = slots_of(document_start_t, coarse_stride), slots_of(document_start_t, fine_stride)
+    coarse, fine = slots_of(document_start_t, coarse_stride), slots_of(document_start_t, fine_stride, past)
     slot = torch.arange(coarse.document.numel(), device=document_start_t.device)
     block = slot - first_slot_of(coarse.document, coarse_stride)
     first_child = first_slot_of(coarse.document, fine_stride) + ratio * block
-    children = first_child[:, None] + torch.arange(ratio, device=slot.device)
+    children = past + first_child[:, None] + torch.arange(ratio, device=slot.device)
 
-    fine_slot = torch.arange(fine.document.numel(), device=slot.device)
+    fine_slot = torch.arange(-past, fine.document.numel() - past, device=slot.device)
     fine_block = fine_slot - first_slot_of(fine.document, fine_stride)
     parent = first_slot_of(fine.document, coarse_stride) + fine_block // ratio
-    known = parent.clamp(max=slot.numel() - 1)
+    known = parent.clamp(0, slot.numel() - 1)
     belongs = (known == parent) & coarse.complete[known] & (coarse.document[known] == fine.document)
     place = torch.where(belongs, parent * ratio + fine_block % ratio, slot.numel() * ratio)
     return children.clamp(max=fine_slot.numel() - 1), coarse.complete, place

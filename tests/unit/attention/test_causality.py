@@ -126,9 +126,9 @@ def test_a_leak_planted_in_the_mask_is_caught(monkeypatch, shift, lengths):
         check_changed_tokens(a_case("lse", lengths), "eager", list(range(60, 100)))
 
 
-def _next_children(family, document_start_t, ratio, scale):
+def _next_children(family, *arguments):
     """A block pools rows one further than its own: its last child belongs to the next block."""
-    children, complete, place = family(document_start_t, ratio, scale)
+    children, complete, place = family(*arguments)
     return (children + 1).clamp(max=children.max()), complete, torch.cat((place[-1:], place[:-1]))
 
 
