@@ -1,5 +1,7 @@
 """The language model, assembled from megatron-core's parallel layers and our own loop, norm, attention and loss."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
@@ -9,7 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from maha_megatron.config.derive import layer_attention, padded_vocabulary
+from maha_megatron.config.programs import states_program
 from maha_megatron.config.schema import Config
+from maha_megatron.errors import ConfigError
 from maha_megatron.model.bounds import DocumentBounds
 from maha_megatron.model.layer_specs import layer_spec
 from maha_megatron.model.loss import OutputLayer
@@ -28,7 +32,7 @@ class Gpt(nn.Module):
     [t / tensor, 1, h] on each rank and t must be a multiple of the tensor-parallel size.
     """
 
-    def __init__(self, config: Config, mcore_config: TransformerConfig) -> None:
+    def __init__(self, config: Config, mcore_config: TransformerConfig, program: Callable | None = None) -> None:
         super().__init__()
         self.recompute_layers = config.train.recompute == "full"
         self.sequence_parallel = mcore_config.sequence_parallel
@@ -40,9 +44,9 @@ class Gpt(nn.Module):
             config=mcore_config,
             tp_group=groups.tensor_group(),
         )
+        specs = [layer_spec(core_attention_spec(config, kind, program)) for kind in layer_attention(config)]
         self.layers = nn.ModuleList(
-            build_module(layer_spec(core_attention_spec(config, kind)), config=mcore_config, layer_number=number)
-            for number, kind in enumerate(layer_attention(config), start=1)
+            build_module(spec, config=mcore_config, layer_number=number) for number, spec in enumerate(specs, start=1)
         )
         self.final_norm = RMSNorm(mcore_config, config.model.hidden, eps=config.model.norm_epsilon)
         self.output = OutputLayer(
@@ -124,16 +128,22 @@ class Gpt(nn.Module):
         return {index: module for index, module in attentions.items() if isinstance(module, MahaCoreAttention)}
 
 
-def build_gpt(config: Config, *, device: torch.device | str) -> Gpt:
+def build_gpt(config: Config, *, device: torch.device | str, program: Callable | None = None) -> Gpt:
     """Build the model's shard of this rank; its weights are not drawn yet (init.initialise_parameters does that).
 
     Args:
         config: a checked configuration.
         device: where the parameters live; "meta" builds shapes only, for a dry run.
+        program: what operators.stated_program gives for a configuration that states a program; a dry run needs none.
+
+    Raises:
+        ConfigError: the configuration states a program, and it was not given.
 
     The model-parallel groups must exist: compat.initialise_model_parallel, or compat.initialise_dry_run.
     """
+    if states_program(config) and program is None and torch.device(device).type != "meta":
+        raise ConfigError(f"maha.program: {config.maha.program} has to be loaded and given to build_gpt")
     with torch.device(device):
-        model = Gpt(config, build_transformer_config(config))
+        model = Gpt(config, build_transformer_config(config), program)
     mark_shards(model)
     return model

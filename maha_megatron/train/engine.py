@@ -15,7 +15,7 @@ weight; `was_step_applied` tells. Without ZeRO there is neither such a check nor
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -270,11 +270,12 @@ class Engine:
         self._inner.destroy()
 
 
-def build_engine(config: Config) -> Engine:
+def build_engine(config: Config, program: Callable | None = None) -> Engine:
     """Model, optimizer and DeepSpeed engine of this rank. The process groups must be up (parallel/compat).
 
     Args:
         config: a configuration that passed check_config and check_topology.
+        program: what operators.stated_program gives for it.
     """
     device = compat.compute_device()
     settings = deepspeed_config(config, dist.get_world_size())
@@ -286,7 +287,7 @@ def build_engine(config: Config) -> Engine:
             data_parallel_group=groups.data_group(), config_dict_or_path=settings, mpu=Mpu()
         )
     with construction:
-        model = build_gpt(config, device=device)
+        model = build_gpt(config, device=device, program=program)
     initialise_parameters(model, config, gather=_gathered_for_writing)
     sum_partial_gradients(model)
     optimizer = build_optimizer(config.optimizer, logical_names(model))

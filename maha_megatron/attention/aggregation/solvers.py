@@ -167,6 +167,42 @@ def gram_matrix(outputs: torch.Tensor, feasible: torch.Tensor | None) -> torch.T
     return products / (mean_square + GRAM_EPSILON)[..., None, None]
 
 
+def gram_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """H with H'H = kappa G, for programs that need the factor (stated_program.py): the symmetric square root.
+
+    Not Cholesky's: that needs a jitter where scales have equal outputs, and its gradient magnifies the solver's error
+    by up to the condition number. Here nothing is added, and since G is made of products <O_i, O_j>, an error in dL/dH
+    comes out no larger in dL/dO: with S = dL/d(kappa G), S_ij = (dL/dH)_ij / (h_i + h_j) in H's eigenbasis, dL/dO holds
+    S_ij h_j. Where h_i + h_j = 0, O has no component, and S_ij is set to 0. Infeasible scales, whose rows and columns
+    are 0, stay so.
+
+    Args:
+        matrix: kappa G [..., L, L], symmetric positive semidefinite up to rounding, any floating dtype.
+
+    Returns:
+        [..., L, L] float64, symmetric.
+    """
+    return _SquareRoot.apply(matrix.double())
+
+
+class _SquareRoot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp_min(0.0).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors * roots[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        roots, vectors = ctx.saved_tensors
+        sums = roots[..., :, None] + roots[..., None, :]
+        inner = vectors.mT @ ((grad + grad.mT) / 2.0) @ vectors
+        inner = torch.where(sums > 0.0, inner / sums, 0.0)
+        return vectors @ inner @ vectors.mT
+
+
 def skew_matrix(upper: torch.Tensor) -> torch.Tensor:
     """The skew matrices A [n, L, L] with A_ij = +a, A_ji = -a for i < j, from a [n, L (L - 1) / 2] in row order.
 
