@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.attention.dispatch import backend as backend_named
 from maha_megatron.attention.spec import (
     AttentionParameters,
@@ -26,6 +27,7 @@ class MahaOutput:
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
+    solves: SolveReport | None = None
 
 
 def maha_attention(

@@ -1,5 +1,7 @@
 """The language model, assembled from megatron-core's parallel layers and our own loop, norm, attention and loss."""
 
+import functools
+import operator
 from collections.abc import Callable
 
 import torch
@@ -22,6 +24,7 @@ from maha_megatron.model.mcore_config import build_transformer_config
 from maha_megatron.model.names import mark_shards
 from maha_megatron.model.norms import RMSNorm
 from maha_megatron.model.operators import core_attention_spec
+from maha_megatron.model.solve_totals import SolveTotals
 from maha_megatron.parallel import groups
 
 
@@ -114,6 +117,16 @@ class Gpt(nn.Module):
                 dist.all_reduce(mean_l, group=groups.tensor_group())
                 mean_l /= groups.tensor_size()
         return collected
+
+    def solve_totals(self) -> SolveTotals | None:
+        """Programs of the last forward over all layers, of this rank's heads; None where no layer solves any.
+
+        No host synchronisation; nothing is exchanged between ranks. Ask once per forward: each one replaces the last,
+        and so does the recomputation of activations, with the same.
+        """
+        layers = [attention.solve_totals for attention in self._maha_attentions().values()]
+        solved = [totals for totals in layers if totals is not None]
+        return functools.reduce(operator.add, solved) if solved else None
 
     def _run_layer(self, layer: nn.Module, hidden: torch.Tensor, bounds: DocumentBounds) -> torch.Tensor:
         def run(hidden: torch.Tensor) -> torch.Tensor:

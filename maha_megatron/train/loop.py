@@ -60,7 +60,8 @@ def train(config: Config, *, allow_program: str | None = None) -> int:
             state = state.after_step(config.train.global_batch_samples)
             if due(step, config.train.validation_interval_steps, last):
                 validation = engine.evaluate(validation_data.validation_batches())
-            output.stepped(step, result, step_s, logged=logged, validation=validation)
+            solves = engine.take_solves() if logged or validation is not None else None
+            output.stepped(step, result, step_s, logged=logged, validation=validation, solves=solves)
             stopping = engine.any_rank(signal.requested)  # all ranks stop after the same step
             if due(step, config.checkpoint.interval_steps, last) or stopping:
                 output.saved(save(engine, config, state, data=training_data.identity, versions=made_with))

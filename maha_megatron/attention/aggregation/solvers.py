@@ -37,6 +37,18 @@ class SolveResult:
     missed: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolveReport:
+    """How well the programs of all rows and heads were solved: what a trainer shows.
+
+    residual_tn [t, n] relative, detached; steps_tn int32 [t, n], None for stated programs; missed int64 [].
+    """
+
+    residual_tn: torch.Tensor
+    steps_tn: torch.Tensor | None
+    missed: torch.Tensor
+
+
 def solve(
     matrix: torch.Tensor,
     payoff: torch.Tensor,
