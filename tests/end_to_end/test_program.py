@@ -6,7 +6,6 @@ import pytest
 
 from maha_megatron.train.metrics import METRICS, read_rows
 from tests.support.runs import (
-    ROOT,
     corpus,  # noqa: F401 (a fixture)
     launcher,
     tool,
@@ -25,7 +24,7 @@ from configs.programs.budget import build
 def config(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
     """5 steps of one sample of 64 tokens, with a program of the user's own in a folder on PYTHONPATH."""
     (tmp_path / "my_program.py").write_text(PROGRAM.format(note=str(tmp_path / "note")))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     path = write_config(corpus, tmp_path / "tiny.yaml", tmp_path / "run")
     text = path.read_text().replace("maha: {", f"maha: {{aggregation: program, program: '{NAME}', ")
     text = text.replace("steps: 10, global_batch_samples: 8, micro_batch_samples: 2", "steps: 5, ")

@@ -75,14 +75,8 @@ def test_tokens_are_those_that_were_used(tmp_path: Path, monkeypatch: pytest.Mon
 def stepped(settings: Config, solves: SolveCounts | None, capsys: pytest.CaptureFixture[str]) -> tuple[dict, str]:
     """The row and the console of a logged step."""
     with opened(settings, RunState()) as output:
-        output.stepped(
-            1,
-            StepResult(loss_nats=2.0, gradient_norm=0.5, learning_rate=1e-3),
-            0.1,
-            logged=True,
-            validation=None,
-            solves=solves,
-        )
+        result = StepResult(loss_nats=2.0, gradient_norm=0.5, learning_rate=1e-3)
+        output.stepped(1, result, 0.1, logged=True, validation=None, solves=solves)
     (row,) = read_rows(Path(settings.run.folder) / METRICS)
     return row, capsys.readouterr().out
 
