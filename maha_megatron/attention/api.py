@@ -23,11 +23,15 @@ from maha_megatron.attention.spec import (
 
 @dataclass(frozen=True, kw_only=True)
 class MahaOutput:
-    """`out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for."""
+    """What `maha_attention` returns.
+
+    `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for; `solves`
+    where a program was solved for them, None where the weights have a closed form.
+    """
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
-    solves: SolveReport | None = None
+    solves: SolveReport | None
 
 
 def maha_attention(
@@ -57,6 +61,7 @@ def maha_attention(
 
     Raises:
         ConfigError: there is no such backend.
+        UnsolvedProgram: the stated program has no solution for a row and head, which it names.
 
     Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
 
@@ -70,8 +75,9 @@ def maha_attention(
         q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
     kv = torch.stack((k_tgd, v_tgd), dim=1)
     levels = operators.build_pyramid(kv, document_start_t, parameters, spec)
-    out_tnd, weights_tnl = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
-    return MahaOutput(out_tnd=out_tnd, scale_weights_tnl=weights_tnl.detach() if with_weights else None)
+    attended = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
+    weights_tnl = attended.weights_tnl if with_weights else None
+    return MahaOutput(out_tnd=attended.out_tnd, scale_weights_tnl=weights_tnl, solves=attended.report)
 
 
 def dense_attention(

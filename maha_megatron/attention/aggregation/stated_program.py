@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -193,6 +194,28 @@ class StatedProgram:
                     f"{place} gives weights {[round(value, 6) for value in weight.tolist()]} {at}, off the simplex; "
                     "add the constraints cvxpy.sum(weights) == 1 and weights >= 0"
                 )
+
+
+def solve_rows(
+    program: StatedProgram,
+    payoff_tnl: torch.Tensor,
+    gram_factor_tnll: torch.Tensor | None,
+    feasible_tnl: torch.Tensor,
+) -> tuple[torch.Tensor, SolveReport]:
+    """`StatedProgram.solve` for every row and head: weights [t, n, L] float64, and the report.
+
+    Raises:
+        UnsolvedProgram: with row and head.
+    """
+    t, n, scales = payoff_tnl.shape
+    factor = None if gram_factor_tnll is None else gram_factor_tnll.flatten(0, 1)
+    try:
+        weights_pl, residual_p = program.solve(payoff_tnl.flatten(0, 1), factor, feasible_tnl.flatten(0, 1))
+    except UnsolvedProgram as error:
+        raise UnsolvedProgram(error.reason, row=error.row // n, head=error.row % n) from error
+    missed = (residual_p > MISSED_ABOVE).sum()
+    report = SolveReport(residual_tn=residual_p.view(t, n), steps_tn=None, missed=missed)
+    return weights_pl.view(t, n, scales), report
 
 
 def load_program(name: str, *, scales: int, coupling: str) -> StatedProgram:

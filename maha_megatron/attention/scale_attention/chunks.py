@@ -123,3 +123,14 @@ class Chunk:
 
     def from_tiles(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(self.call.groups, self.rows, -1, x.shape[-1])
+
+
+def attend_scale(chunk: Chunk, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [g, rows, n/g, d] and log-sum-exp [g, rows, n/g] of one scale; 0 and -inf where nothing is visible."""
+    logits = chunk.logits(chunk.rotated(scale), scale)
+    # a row that sees nothing has maximum -inf: any finite shift then gives exp(-inf) = 0
+    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    p = logits.sub_(top).exp_()
+    mass = p.sum(-1, keepdim=True)
+    output = chunk.from_tiles(product(chunk.to_tiles(p, scale), chunk.tiles(chunk.call.values, scale)))
+    return output.div_(mass.clamp(min=torch.finfo(mass.dtype).tiny)), (top + mass.log()).squeeze(-1)

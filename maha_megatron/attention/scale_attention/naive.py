@@ -4,8 +4,9 @@ import torch
 
 from maha_megatron.attention.aggregation.naive import aggregate
 from maha_megatron.attention.normalise_rotate import normalise, rotate, rotation
+from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
-from maha_megatron.scales import first_slot, stride, visible_blocks
+from maha_megatron.scales import complete_blocks, first_slot, stride, visible_blocks
 
 
 def attend(
@@ -14,28 +15,32 @@ def attend(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [t, n, d] and scale weights [t, n, L]; `levels` are the packed keys and values of every scale."""
-    q_tnd = normalise(q_tnd, parameters.query_gain, spec.norm_epsilon)
+) -> Attended:
+    """Output, scale weights and the solver's report; `levels` are the packed keys and values of every scale."""
     keys = [normalise(level[:, 0], parameters.key_gain, spec.norm_epsilon) for level in levels]
     values = [level[:, 1] for level in levels]
-    width, rows = q_tnd.shape[-1], []
+    width, outputs, lses = q_tnd.shape[-1], [], []
     for row, start in enumerate(document_start_t.tolist()):
-        outputs, lses = [], []
         for scale, window in enumerate(spec.windows):
             step = stride(spec.ratio, scale)
-            blocks = visible_blocks(row - start, step, window)
+            # pooled: the row reads what its last complete block found, whose query stands at the block's last row
+            last = complete_blocks(row - start + 1, step) * step - 1 if spec.queries == "pooled" else row - start
+            first = last - step + 1 if spec.queries == "pooled" else last
+            blocks = visible_blocks(last, step, window)
             slots = slice(first_slot(start, step) + blocks.start, first_slot(start, step) + blocks.stop)
-            query_at = torch.tensor((row - start) / step, dtype=torch.float64, device=q_tnd.device)
+            query = q_tnd[start + first : start + last + 1].mean(0) if blocks else torch.zeros_like(q_tnd[row])
+            query = normalise(query, parameters.query_gain, spec.norm_epsilon)
+            query_at = torch.tensor(last / step, dtype=torch.float64, device=q_tnd.device)
             key_at = query_at.new_tensor([block + (step - 1) / step for block in blocks])[:, None]
-            query = rotate(q_tnd[row], *rotation(query_at, width, spec.rope_base, q_tnd.dtype))
+            query = rotate(query, *rotation(query_at, width, spec.rope_base, q_tnd.dtype))
             key = rotate(keys[scale][slots], *rotation(key_at, width, spec.rope_base, q_tnd.dtype))
             output, lse = attend_blocks(query, key, values[scale][slots])
             outputs.append(output)
             lses.append(lse)
-        rows.append(aggregate(q_tnd[row], torch.stack(outputs), torch.stack(lses), parameters, spec.lse_utility))
-    out, weights = zip(*rows, strict=True)
-    return torch.stack(out), torch.stack(weights)
+    out_tnld, lse_tnl = (torch.stack(x).unflatten(0, (-1, spec.scales)).transpose(1, 2) for x in (outputs, lses))
+    q_tnd = normalise(q_tnd, parameters.query_gain, spec.norm_epsilon)
+    out_tnd, weights_tnl, report = aggregate(q_tnd, out_tnld, lse_tnl, parameters, spec)
+    return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl.detach(), report=report)
 
 
 def attend_blocks(q_nd: torch.Tensor, k_mgd: torch.Tensor, v_mgd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,73 @@
+"""Each scale's attention in plain torch, banded and chunked, for aggregations that need every scale's own output.
+
+Rows are processed a chunk at a time, as in eager_joint.py. With dO_l and dLSE_l from whatever the outputs are made into,
+
+    P = exp(S - LSE_l)        dV_l = P' dO_l        dS_l = P (dO_l V' - <dO_l, O_l> + dLSE_l)
+
+Kept for backward: q, the levels, O [t, n, L, d], LSE [t, n, L]. The outputs are in at least fp32, so that aggregation
+reads them as they are and keeps no second copy.
+"""
+
+import torch
+
+from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale
+from maha_megatron.attention.scale_attention.gradients import Gradients
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+
+
+def attend_scales(
+    q_tnd: torch.Tensor,
+    levels: list[torch.Tensor],
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs O [t, n, L, d] and log-sum-exps [t, n, L] of every scale, at least fp32: 0 and -inf where infeasible.
+
+    `levels` are the packed keys and values of every scale, `document_start_t` is int64. A gradient of an infeasible
+    LSE goes nowhere, but it must be finite.
+    """
+    gains = (parameters.query_gain, parameters.key_gain)
+    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, *levels)
+
+
+class _ScalesAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, query_gain, key_gain, document_start_t, spec, *levels):
+        call = Call(q, query_gain, key_gain, None, None, document_start_t, spec, levels)
+        rows, heads, width = q.shape
+        outputs = torch.empty(rows, heads, spec.scales, width, dtype=call.dtype, device=q.device)
+        lses = torch.empty(rows, heads, spec.scales, dtype=call.dtype, device=q.device)
+        for start, rows in call.plan.chunks():
+            chunk = Chunk(call, start, rows)
+            for scale in range(spec.scales):
+                output, lse = attend_scale(chunk, scale)
+                chunk.write(outputs[:, :, scale], output)
+                chunk.write(lses[:, :, scale, None], lse[..., None])
+        ctx.save_for_backward(q, query_gain, key_gain, document_start_t, outputs, lses, *levels)
+        ctx.spec = spec
+        return outputs, lses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_outputs, grad_lses):
+        q, query_gain, key_gain, document_start_t, outputs, lses, *levels = ctx.saved_tensors
+        call = Call(q, query_gain, key_gain, None, None, document_start_t, ctx.spec, levels)
+        grads, scales = Gradients(call), range(ctx.spec.scales)
+        for start, rows in call.plan.chunks():
+            chunk = Chunk(call, start, rows)
+            lse = chunk.read(lses)
+            offset = torch.where(lse == -torch.inf, 0.0, -lse)
+            grad_lse = chunk.read(grad_lses)
+            shares = []
+            for scale in scales:
+                rotated = chunk.rotated(scale)
+                p = chunk.logits(rotated, scale).add_(offset[..., scale, None]).exp_()
+                grad = chunk.read(grad_outputs[:, :, scale])
+                delta = (grad * chunk.read(outputs[:, :, scale])).sum(-1, keepdim=True) - grad_lse[..., scale, None]
+                grad_logits = grads.through_values(chunk, scale, p, grad).sub_(delta).mul_(p)
+                shares.append(grads.through_logits(chunk, scale, rotated, grad_logits))
+            grads.add_queries(chunk, shares)
+        level_grads, key_gain_shares = zip(*(grads.level(scale) for scale in scales), strict=True)
+        query_gain = grads.learned()[0]
+        return grads.q, query_gain, sum(key_gain_shares).to(key_gain.dtype), None, None, *level_grads
