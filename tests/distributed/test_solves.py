@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from maha_megatron.attention.aggregation.stated_program import UnsolvedProgram
+from maha_megatron.errors import ProgramError
 from maha_megatron.model import maha_core_attention
 from tests.support.distributed import run_ranks
 from tests.support.solves import planted
@@ -29,6 +31,29 @@ def observations(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
         engine.evaluate(batches[:1])
         validation = engine.take_solves()
     return {"step": vars(step), "validation": vars(validation), "micro_batches": len(batches)}
+
+
+def refusals(rank: int, changes: dict[str, Any]) -> str:
+    """What tensor rank 1 says of a program without a solution for its own head 2."""
+    config = training_config(**changes)
+    start_groups(config)
+
+    def failing(*_: object, **__: object) -> None:
+        raise UnsolvedProgram("mine:build is infeasible", row=0, head=2)
+
+    maha_core_attention.maha_attention = failing
+    with engine_for(config, 2) as engine:
+        try:
+            engine.accumulate(micro_batches(config, 0, "random"))
+        except ProgramError as error:
+            return str(error)
+    return ""
+
+
+def test_an_error_names_the_head_of_the_whole_model() -> None:
+    first, second = run_ranks(refusals, 2, CASES["TP 2 + SP, recompute"] | {"train__micro_batch_samples": SAMPLES})
+    assert first.startswith("layer 0, head 2, token 0 of its document")
+    assert second.startswith("layer 0, head 6, token 0 of its document")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,14 @@ def launcher(kind: str, ranks: int = 1) -> list[str]:
 
 
 @contextmanager
-def started(config: Path, *overrides: str, kind: str = "python", ranks: int = 1) -> Iterator[subprocess.Popen]:
+def started(
+    config: Path, *overrides: str, kind: str = "python", ranks: int = 1, extra: Sequence[str] = ()
+) -> Iterator[subprocess.Popen]:
     """Pretraining that is running; whatever of it still runs at the end is killed."""
     words = [*launcher(kind, ranks), str(ROOT / "launch/pretrain.py"), "--config", str(config)]
     for override in overrides:
         words += ["--set", override]
+    words += extra
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
