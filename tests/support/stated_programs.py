@@ -41,6 +41,14 @@ def off_simplex(scales: int) -> ScaleProgram:
     )
 
 
+def below_zero(scales: int) -> ScaleProgram:
+    """Weights that sum to 1 and may be negative."""
+    weights, utilities = cvxpy.Variable(scales), cvxpy.Parameter(scales)
+    worth = utilities @ weights - cvxpy.sum_squares(weights) / 20
+    problem = cvxpy.Problem(cvxpy.Maximize(worth), [cvxpy.sum(weights) == 1])
+    return ScaleProgram(problem=problem, weights=weights, utilities=utilities)
+
+
 def never_alone(scales: int) -> ScaleProgram:
     """No scale above 0.8: infeasible with one scale."""
     return stated(scales, "entropy", coupled=False, constraints=lambda w, c: [w <= 0.8])

@@ -120,6 +120,26 @@ def test_the_entropy_example_is_the_default_aggregation(coupled):
     assert (weights - solve(matrix, leaves[0], feasible, "entropy").weights).abs().max() <= 1e-6
 
 
+def test_gradients_pass_through_every_place_of_a_parameter():
+    """Utilities as a matrix, a bound and a cost, each constraint active; against difference quotients."""
+
+    def build(m):
+        return stated(m, "entropy", coupled=False, constraints=lambda w, c: [c @ w <= 0.5, w[0] <= 0.3 + 0.1 * c[1]])
+
+    program = StatedProgram(build, scales=3, coupled=False, name="placed")
+    payoff = torch.tensor([[1.1, 0.9, -0.4]], dtype=torch.float64, requires_grad=True)
+    every = torch.ones(1, 3, dtype=torch.bool)
+    weights = program(payoff, None, every).detach()
+    assert (payoff.detach() @ weights.T).item() == pytest.approx(0.5, abs=1e-6)
+    assert weights[0, 0].item() == pytest.approx(0.39, abs=1e-6)
+    (jacobian,) = torch.autograd.functional.jacobian(lambda c: program(c, None, every)[0], payoff).unbind(1)
+    step = 1e-4
+    for place in range(3):
+        moved = [payoff.detach() + sign * step * torch.eye(3).double()[place] for sign in (1, -1)]
+        quotient = (program(moved[0], None, every) - program(moved[1], None, every))[0] / (2 * step)
+        assert (jacobian[:, place] - quotient).abs().max() <= 1e-4
+
+
 # ------------------------------------------------------------------------------------------------------- the factor
 
 
@@ -170,6 +190,10 @@ def test_the_factors_gradient_is_the_matrixs_also_where_outputs_are_equal():
         ("integral", "cvxpylayers cannot differentiate this problem"),
         ("no_entropy", r"no_entropy\(1\) is unbounded at utilities"),
         ("off_simplex", r"gives weights \[2.0\] at utilities \[0.0\], off the simplex; add the constraints"),
+        (
+            "below_zero",
+            r"below_zero\(2\) gives weights \[.*-.*\] at utilities .*, off the simplex; add the constraints",
+        ),
         ("never_alone", r"never_alone\(1\) is infeasible at utilities .*every number of feasible scales .* 1 included"),
         ("raising", r"raising\(1\) raised KeyError: 'ceiling'"),
         ("entropy_coupled", "has a gram_factor, but maha.coupling is none .* set maha.coupling: gram, or remove it"),

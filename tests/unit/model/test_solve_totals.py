@@ -23,10 +23,11 @@ def report(residuals: list[float], steps: list[int] | None, missed: int) -> Solv
 
 
 def test_totals_by_hand():
-    totals = SolveTotals.of(report([1e-7, 3e-5], [2, 5], 1)) + SolveTotals.of(report([2e-6], [5], 1))
+    totals = SolveTotals.of(report([1e-7, 2e-6], [2, 5], 1)) + SolveTotals.of(report([3e-5], [5], 1))
+    totals = totals + SolveTotals.of(report([1e-6], [8], 0))
     counts = totals.over_all_ranks()
-    assert (counts.programs, counts.missed) == (3, 2)
-    assert counts.steps_mean == pytest.approx(4.0)
+    assert (counts.programs, counts.missed) == (4, 2)
+    assert counts.steps_mean == pytest.approx(5.0)
     assert counts.residual_max == pytest.approx(3e-5)
 
 
