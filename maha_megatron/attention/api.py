@@ -31,7 +31,7 @@ class MahaOutput:
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
-    solves: SolveReport | None
+    solves: SolveReport | None = None
 
 
 def maha_attention(

@@ -32,10 +32,10 @@ def aggregate(
     `q_tnd` is the query after normalisation and gain, before the rotation. The report is None where nothing is sought:
     mean, M = 0.
     """
-    feasible_tnl = lse_tnl > -torch.inf
+    feasible_tnl = lse_tnl != -torch.inf
     report = None
     if spec.aggregation == "mean" or spec.scales == 1:
-        weights_tnl = feasible_tnl / feasible_tnl.sum(-1, keepdim=True)
+        weights_tnl = feasible_tnl.to(lse_tnl.dtype) / feasible_tnl.sum(-1, keepdim=True)
     else:
         payoff_tnl, matrix_tnll = programs(q_tnd, out_tnld, lse_tnl, parameters, spec)
         if spec.aggregation == "program":
@@ -54,7 +54,7 @@ def aggregate(
 
 def programs(q_tnd, out_tnld, lse_tnl, parameters, spec) -> tuple[torch.Tensor, torch.Tensor]:
     """c [t, n, L] and M [t, n, L, L], at least fp32; 0 at infeasible scales."""
-    feasible_tnl = lse_tnl > -torch.inf
+    feasible_tnl = lse_tnl != -torch.inf
     payoff_tnl = torch.einsum("tnd,lnd->tnl", q_tnd, parameters.utility_query) + parameters.utility_bias.T
     if spec.lse_utility:
         payoff_tnl = payoff_tnl + lse_tnl
@@ -113,10 +113,11 @@ def _entropy_equilibrium(matrix, payoff):
             step = torch.linalg.solve(jacobian, force)
             length = torch.ones_like(x[:, :1])
             for _ in range(40):
-                trial = evaluate(x - length * step, m, c)[1].norm(dim=-1) > (1 - 1e-4 * length[:, 0]) * force.norm(
-                    dim=-1
-                )
-                length = torch.where(trial[:, None], length / 2, length)
+                trial = evaluate(x - length * step, m, c)[1].norm(dim=-1, keepdim=True)
+                worse = trial > (1 - 1e-4 * length) * force.norm(dim=-1, keepdim=True)
+                if not worse.any():
+                    break
+                length = torch.where(worse, length / 2, length)
             x = x - length * step
     x = x.to(payoff.dtype)
     force = evaluate(x, matrix, payoff)[1]
@@ -151,9 +152,8 @@ def _weights_on(support, matrix, payoff):
     size = len(inside)
     system = matrix.new_zeros(len(payoff), size + 1, size + 1)
     system[:, size, :size] = system[:, :size, size] = 1
-    system[:, :size, :size] = matrix[:, inside][:, :, inside] + torch.eye(
-        size, dtype=matrix.dtype, device=matrix.device
-    )
+    system[:, :size, :size] = matrix[:, inside][:, :, inside]
+    system[:, range(size), range(size)] += 1
     right = torch.cat((payoff[:, inside], torch.ones_like(payoff[:, :1])), dim=-1)
     solution = torch.linalg.solve(system, right)
     weights = torch.zeros_like(payoff)

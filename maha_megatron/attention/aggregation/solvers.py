@@ -39,9 +39,9 @@ class SolveResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveReport:
-    """How well the weights of a call were solved, detached.
+    """How well the programs of all rows and heads were solved: what a trainer shows.
 
-    residual_tn [t, n] as in SolveResult; steps_tn int32 [t, n], or None where they are not counted; missed int64 [].
+    residual_tn [t, n] relative, detached; steps_tn int32 [t, n], None for stated programs; missed int64 [].
     """
 
     residual_tn: torch.Tensor

@@ -30,7 +30,7 @@ def attend_jointly(
     parameters: AttentionParameters,
     spec: MahaSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [t, n, d] in q's dtype and scale weights [t, n, L] (detached, at least fp32), w = softmax of the utilities.
+    """Output [t, n, d] in q's dtype and scale weights [t, n, L], detached and at least fp32: softmax of the utilities.
 
     `levels` are the packed keys and values of every scale. Without `utility_query` the learned utilities are 0.
     """

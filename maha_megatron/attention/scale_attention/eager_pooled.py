@@ -47,7 +47,7 @@ def attend_pooled(
 
 
 def _readers(document_start_t, slots, stride_rows) -> tuple[torch.Tensor, ...]:
-    """Who reads whom: slot [t] of each row, feasible bool [t]; rows [slots, R] of each slot, reading bool [slots, R]."""
+    """Who reads whom: each row's slot [t], feasible bool [t]; each slot's rows [slots, R], reading bool [slots, R]."""
     row = torch.arange(len(document_start_t), device=document_start_t.device)
     first, end = visible_slots(row, document_start_t, stride_rows, 1)
     rows = slots.last_row[:, None] + torch.arange(stride_rows, device=row.device)

@@ -1,6 +1,6 @@
 """Each scale's attention in plain torch, banded and chunked, for aggregations that need every scale's own output.
 
-Rows are processed a chunk at a time, as in eager_joint.py. With dO_l and dLSE_l from whatever the outputs are made into,
+Rows are processed a chunk at a time, as in eager_joint.py. With dO_l and dLSE_l from what the outputs are made into,
 
     P = exp(S - LSE_l)        dV_l = P' dO_l        dS_l = P (dO_l V' - <dO_l, O_l> + dLSE_l)
 

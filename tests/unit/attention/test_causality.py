@@ -25,8 +25,11 @@ def a_case(spec: str, lengths: str) -> Case:
     return Case(lengths=LENGTHS[lengths], n=2, g=1, d=8, spec=SPECS[spec])
 
 
-def check_jacobian(case: Case, backend: str) -> None:
-    """d out[row] / d (q, k, v)[other row] is exactly 0 unless other is in row's document and not after row."""
+def check_jacobian(case: Case, backend: str, *, sparse: bool = False) -> None:
+    """d out[row] / d (q, k, v)[other row] is exactly 0 unless other is in row's document and not after row.
+
+    A row reads itself, unless weights are `sparse`: then scale 0 may weigh nothing.
+    """
     values = leaves(case, torch.float64)
     out = attend(case, values, backend)["out"]
     starts = start_rows(case.lengths).tolist()
@@ -34,13 +37,13 @@ def check_jacobian(case: Case, backend: str) -> None:
     for row in range(len(starts)):
         grads = torch.autograd.grad(out[row].sum(), inputs, retain_graph=True)
         influence = sum(grad.abs().sum((1, 2)) for grad in grads)
-        assert influence[row] > 0
+        assert sparse or influence[row] > 0
         seen = influence.nonzero().flatten()
         assert starts[row] <= seen.min(), f"row {row} of the document at {starts[row]} reads row {seen.min()}"
-        assert seen.max() == row, f"row {row} reads row {seen.max()}"
+        assert seen.max() <= row, f"row {row} reads row {seen.max()}"
 
 
-def check_changed_tokens(case: Case, backend: str, rows: list[int]) -> None:
+def check_changed_tokens(case: Case, backend: str, rows: list[int], *, sparse: bool = False) -> None:
     """Changing one row leaves every row before it, and all other documents, bitwise as they were."""
     values = {name: value.detach() for name, value in leaves(case, torch.float32).items()}
     before = attend(case, values, backend)["out"]
@@ -50,7 +53,7 @@ def check_changed_tokens(case: Case, backend: str, rows: list[int]) -> None:
         for name in "qkv":
             changed[name][row] = torch.randn_like(changed[name][row])
         same = (attend(case, changed, backend)["out"] == before).all(-1).all(-1)
-        assert not same[row]
+        assert sparse or not same[row]
         may_change = (starts == starts[row]) & (torch.arange(len(starts)) >= row)
         assert same[~may_change].all(), f"a change of row {row} reaches rows {(~same & ~may_change).nonzero().tolist()}"
 
