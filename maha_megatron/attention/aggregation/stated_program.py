@@ -197,20 +197,26 @@ class StatedProgram:
 
 
 def solve_rows(
-    program: StatedProgram,
+    program: Callable[..., torch.Tensor],
     payoff_tnl: torch.Tensor,
     gram_factor_tnll: torch.Tensor | None,
     feasible_tnl: torch.Tensor,
-) -> tuple[torch.Tensor, SolveReport]:
-    """`StatedProgram.solve` for every row and head: weights [t, n, L] float64, and the report.
+) -> tuple[torch.Tensor, SolveReport | None]:
+    """A program for every row and head: weights [t, n, L], and the report of a StatedProgram.
+
+    Args:
+        program: a StatedProgram, or any function that is called like one; that answers for its weights itself.
 
     Raises:
         UnsolvedProgram: with row and head.
     """
     t, n, scales = payoff_tnl.shape
     factor = None if gram_factor_tnll is None else gram_factor_tnll.flatten(0, 1)
+    batch = (payoff_tnl.flatten(0, 1), factor, feasible_tnl.flatten(0, 1))
+    if not isinstance(program, StatedProgram):
+        return program(*batch).view(t, n, scales), None
     try:
-        weights_pl, residual_p = program.solve(payoff_tnl.flatten(0, 1), factor, feasible_tnl.flatten(0, 1))
+        weights_pl, residual_p = program.solve(*batch)
     except UnsolvedProgram as error:
         raise UnsolvedProgram(error.reason, row=error.row // n, head=error.row % n) from error
     missed = (residual_p > MISSED_ABOVE).sum()
