@@ -5,8 +5,8 @@ r"""Train several architectures under the same settings and compare speed, memor
 
 Every model runs launch/pretrain.py in a process of its own, on the same data in the same order. Speeds and times are
 medians over the steps after the first fifth, in which the warm-up is kept; gradient norms are over all steps, and the
-last column sets their median against the first model's. A loss that is not a number ends the benchmark. Results go to
-tools/results/ as Markdown and JSON, raw rows included.
+last column sets their median against that of the first model with as many tokens a step. A loss that is not a number
+ends the benchmark. Results go to tools/results/ as Markdown and JSON, raw rows included.
 
 Every aggregation on the quickstart's corpus, 100 steps each (stated programs 5 steps of 64 tokens, beside the mean):
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HEADER = (
     "model", "tokens/s", "ms a step", "TFLOP/s a device", "MFU %", "peak memory GiB", "loss, first step",
-    "loss, last step", "validation loss", "missed solves", "gradient norm, median", "largest", "median / first model's",
+    "loss, last step", "validation loss", "missed solves", "gradient norm, median", "largest", "against the first",
 )  # fmt: skip
 
 
@@ -72,8 +72,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def step_tokens(rows: list[dict[str, float]]) -> int:
+    """Tokens of one step of a run."""
+    return next(round(row["tokens_per_s"] * row["step_s"]) for row in rows if "tokens_per_s" in row)
+
+
 def summary(model: str, rows: list[dict[str, float]], first: list[dict[str, float]]) -> list[object]:
-    """One row of the table; `first` are the rows of the first model's run."""
+    """One row of the table; `first` are the rows of the run that its gradient norms are set against."""
     logged = [row for row in rows if "tokens_per_s" in row]
     steady = logged[len(logged) // 5 :]
     losses, validation = column(rows, "loss_nats"), column(rows, "validation_loss_nats")
@@ -125,11 +130,10 @@ def main() -> None:
     results = run_side_by_side(
         trials, arguments.folder, script, at_once=at_once, timeout_s=limit, device_each=at_once > 1
     )
-    table, raw = [], {}
+    table, raw, firsts = [], {}, {}
     for model, trial, rows in zip(arguments.models, trials, results, strict=True):
         raw[trial.name] = {"config": json.loads(trial.config.read_text()), "settings": trial.settings, "rows": rows}
-        first = raw[trials[0].name]["rows"]
-        table.append(summary(model, rows, first))
+        table.append(summary(model, rows, firsts.setdefault(step_tokens(rows), rows)))
         print(markdown_table(HEADER, table[-1:]).splitlines()[-1], flush=True)
     text = markdown_table(HEADER, table)
     text += f"\n\nSize {arguments.size}, {arguments.steps} steps, settings: " + " ".join(arguments.set)
