@@ -180,9 +180,9 @@ class StatedProgram:
         payoff = torch.randn(_SAMPLES, m, generator=generator, dtype=torch.float64)
         payoff[0] = 0.0
         outputs = torch.randn(_SAMPLES, m, m, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            weights, verdicts = layer(payoff, outputs) if self._coupled else layer(payoff)
         place = f"{self._name}({m})"
+        with torch.no_grad(), _explained(f"{place}: the solver fails:"):
+            weights, verdicts = layer(payoff, outputs) if self._coupled else layer(payoff)
         for sample, weight, verdict in zip(payoff, weights, verdicts, strict=True):
             at = f"at utilities {[round(value, 3) for value in sample.tolist()]}"
             if verdict.no_solution or not verdict.residual <= UNSOLVED_ABOVE:

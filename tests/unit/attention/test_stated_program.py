@@ -72,6 +72,24 @@ def test_a_stated_convex_program_equals_the_solver(program, magnitude, request):
     assert not coupled or (mine[1][~feasible] == 0).all()
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_no_gradient_explodes_where_weights_are_tiny(coupled):
+    """Weights down to 1e-30: by diffcp's projection alone some of these gradients are off by 100 and more."""
+    generator = torch.Generator().manual_seed(0)
+    payoff = (20.0 * torch.randn(300, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+    outputs = torch.randn(300, 4, WIDTH, generator=generator, dtype=torch.float64)
+    matrix = 20.0 * gram_matrix(outputs, None) if coupled else torch.zeros(1, 4, 4, dtype=torch.float64)
+    program = StatedProgram(lambda m: stated(m, "entropy", coupled=coupled), scales=4, coupled=coupled, name="stated")
+    every = torch.ones(300, 4, dtype=torch.bool)
+    theirs = program(payoff, gram_factor(matrix) if coupled else None, every)
+    ours = solve(matrix, payoff, every, "entropy").weights
+    assert ours.min() < 1e-25
+    direction = torch.randn(300, 4, generator=generator, dtype=torch.float64)
+    mine, exact = (torch.autograd.grad(weights, payoff, direction)[0] for weights in (theirs, ours))
+    assert (theirs - ours).abs().max() <= 1e-5
+    assert (mine - exact).abs().max() <= 1e-4
+
+
 def test_what_stands_at_infeasible_scales_is_not_read():
     program = StatedProgram(lambda m: stated(m, "entropy", coupled=False), scales=3, coupled=False, name="stated")
     feasible = torch.tensor([[True, True, False], [True, False, False]])
@@ -124,15 +142,15 @@ def test_gradients_pass_through_every_place_of_a_parameter():
     """Utilities as a matrix, a bound and a cost, each constraint active; against difference quotients."""
 
     def build(m):
-        bounds = (lambda w, c: [c @ w <= 0.5, w[0] <= 0.3 + 0.1 * c[1]]) if m == 3 else (lambda w, c: [])
+        bounds = (lambda w, c: [(c + 3) @ w <= 3.6, w[0] <= 0.2 + 0.1 * c[1]]) if m == 3 else (lambda w, c: [])
         return stated(m, "entropy", coupled=False, constraints=bounds)
 
     program = StatedProgram(build, scales=3, coupled=False, name="placed")
     payoff = torch.tensor([[1.1, 0.9, -0.4]], dtype=torch.float64, requires_grad=True)
     every = torch.ones(1, 3, dtype=torch.bool)
     weights = program(payoff, None, every).detach()
-    assert (payoff.detach() @ weights.T).item() == pytest.approx(0.5, abs=1e-6)
-    assert weights[0, 0].item() == pytest.approx(0.39, abs=1e-6)
+    assert (payoff.detach() @ weights.T).item() == pytest.approx(0.6, abs=1e-6)
+    assert weights[0, 0].item() == pytest.approx(0.29, abs=1e-6)
     (jacobian,) = torch.autograd.functional.jacobian(lambda c: program(c, None, every)[0], payoff).unbind(1)
     step = 1e-4
     for place in range(3):
