@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
+from maha_megatron.config import programs
 from maha_megatron.errors import ConfigError, DataError, MahaError
 
 EXIT_USER_ERROR = 2
@@ -33,6 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer, if it has moved since the run (default: the run's)")
     parser.add_argument("--output", type=Path, help="also write the text into this file")
+    parser.add_argument(programs.OPTION, metavar="MODULE:FUNCTION", help=programs.OPTION_HELP)
     options = parser.parse_args(arguments)
     if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1 or options.tokens < 1:
         parser.error("needs --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1 and --tokens >= 1")
@@ -47,11 +49,13 @@ def run(options: argparse.Namespace) -> None:
     from maha_megatron.data.tokenizer import load_tokenizer
     from maha_megatron.model.generation import Sampling, generate
     from maha_megatron.model.gpt import build_gpt
+    from maha_megatron.model.operators import stated_program
     from maha_megatron.parallel import compat
 
     checkpoint = find_checkpoint(options.run, options.checkpoint)
     manifest = manifests.read(checkpoint)
     config = config_from_dict(dict(manifest.config))
+    program = stated_program(config, options.allow_program)
     one_process = dataclasses.replace(config.parallel, tensor=1, sequence=False)
     config = dataclasses.replace(config, parallel=one_process)
     path = options.tokenizer or config.data.tokenizer
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     compat.initialise_distributed(config)
     compat.initialise_model_parallel(config)
     compat.seed_everything(config.run.seed)
-    model = build_gpt(config, device=compat.compute_device()).eval()
+    model = build_gpt(config, device=compat.compute_device(), program=program).eval()
     load_weights(checkpoint, model)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.end_of_document]
     new = generate(
