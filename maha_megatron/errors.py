@@ -20,6 +20,10 @@ class CheckpointError(MahaError, RuntimeError):
     """A checkpoint that is missing, damaged, could not be written or belongs to another model."""
 
 
+class StateError(MahaError, ValueError):
+    """A state of attention that does not fit the rows or the request that it meets."""
+
+
 class TrainingError(MahaError, RuntimeError):
     """Training cannot go on safely, for example because the loss is not a number."""
 

@@ -11,6 +11,7 @@ import torch
 
 from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.attention.dispatch import backend as backend_named
+from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.spec import (
     AttentionParameters,
     DenseSpec,
@@ -19,6 +20,7 @@ from maha_megatron.attention.spec import (
     dense_parameter_specs,
     maha_parameter_specs,
 )
+from maha_megatron.attention.state import MahaState, Past, check_document_start, check_state, convolve_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +28,14 @@ class MahaOutput:
     """What `maha_attention` returns.
 
     `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for; `solves`
-    where an equilibrium was solved for, None where the weights have a closed form or come from a stated program.
+    where an equilibrium was solved for, None where the weights have a closed form or come from a stated program;
+    `state` for the next piece, where one was given.
     """
 
     out_tnd: torch.Tensor
     scale_weights_tnl: torch.Tensor | None
-    solves: SolveReport | None = None
+    solves: SolveReport | None
+    state: MahaState | None
 
 
 def maha_attention(
@@ -44,8 +48,9 @@ def maha_attention(
     *,
     backend: str = "eager",
     with_weights: bool = False,
+    state: MahaState | None = None,
 ) -> MahaOutput:
-    """Causal multiscale attention over the packed documents of one sequence.
+    """Causal multiscale attention over the packed documents of one sequence, or of the next piece of B sequences.
 
     Args:
         q_tnd, k_tgd, v_tgd: raw projections [t, n, d] and [t, g, d], float64, float32 or bfloat16, strided views
@@ -55,12 +60,17 @@ def maha_attention(
         spec: the numbers of the operator.
         backend: implementation by name (dispatch.py).
         with_weights: also return the weight of each scale by row and head.
+        state: of the B streams whose next pieces, of equal length and stream after stream, the rows are; t is then B
+            times that length. Rows of each piece count from 0, so the document that a stream goes on with starts at
+            row -offset; `state.document_start` and `piece_document_start` (state.py) say it. A wrong start gives wrong
+            positions and blocks of the wrong rows: on a CPU it is refused, elsewhere nothing would tell.
 
     Returns:
         MahaOutput. A row's output depends on rows of its document up to itself and on nothing else.
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: there is no such backend; a state with pooled queries.
+        StateError: document_start_t does not go on where the state ends (checked on a CPU).
 
     Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
 
@@ -70,13 +80,56 @@ def maha_attention(
     n, g, d = q_tnd.shape[1], k_tgd.shape[1], q_tnd.shape[2]
     _check_parameters(parameters, maha_parameter_specs(spec, n=n, g=g, d=d))
     operators = backend_named(backend)
+    if state is None:
+        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
+        return _output([attended], with_weights, None)
+    check_state(state, spec, q_tnd, k_tgd)
+    document_start_t = document_start_t.long()
+    check_document_start(state, document_start_t)
+    by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
+    streams, states = [], []
+    for stream, piece in enumerate(zip(*by_stream, strict=True)):
+        attended, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+        streams.append(attended)
+        states.append(state.after(stream, levels, piece[:3], piece[3]))
+    return _output(streams, with_weights, MahaState.stack(states))
+
+
+def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, past: Past | None = None):
+    """Attended of one sequence, or of its next piece, and the packed keys and values of every scale."""
+    entries = past_slots = None
+    if past is not None:
+        entries, past_slots = past.entries, spec.windows
     if spec.convolution:
-        q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+        rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+        mixed = operators.convolve(*rows) if past is None else convolve_after(operators.convolve, past.rows, *rows)
+        q_tnd, k_tgd, v_tgd = mixed
     kv = torch.stack((k_tgd, v_tgd), dim=1)
-    levels = operators.build_pyramid(kv, document_start_t, parameters, spec)
-    attended = operators.attend(q_tnd, levels, document_start_t, parameters, spec)
-    weights_tnl = attended.weights_tnl if with_weights else None
-    return MahaOutput(out_tnd=attended.out_tnd, scale_weights_tnl=weights_tnl, solves=attended.report)
+    levels = operators.build_pyramid(kv, document_start_t, parameters, spec, entries)
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots), levels
+
+
+def _output(streams: Sequence[Attended], with_weights: bool, state: MahaState | None) -> MahaOutput:
+    """The streams, one after the other."""
+    return MahaOutput(
+        out_tnd=_joined([attended.out_tnd for attended in streams]),
+        scale_weights_tnl=_joined([attended.weights_tnl for attended in streams]) if with_weights else None,
+        solves=None if streams[0].report is None else _joined_reports([attended.report for attended in streams]),
+        state=state,
+    )
+
+
+def _joined_reports(reports: list[SolveReport]) -> SolveReport:
+    steps = [report.steps_tn for report in reports]
+    return SolveReport(
+        residual_tn=_joined([report.residual_tn for report in reports]),
+        steps_tn=None if steps[0] is None else _joined(steps),
+        missed=torch.stack([report.missed for report in reports]).sum(),
+    )
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def dense_attention(

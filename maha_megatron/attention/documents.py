@@ -10,7 +10,8 @@ def document_ranges(document_start_t: torch.Tensor) -> list[tuple[int, int]]:
         document_start_t: [t] int, the row where each row's document starts.
 
     Returns:
-        (first row, number of rows) of every document.
+        (first row, number of rows) of every document; in a piece of a longer sequence the first row of the first one
+        may be negative, and its rows count from there.
     """
     starts = sorted(set(document_start_t.tolist()))
     ends = [*starts[1:], document_start_t.numel()]

@@ -10,6 +10,12 @@ e = (-D) mod R, the rows by which the document's blocks start before a multiple 
 Two facts carry the fast backends. A complete block of slot j contains row jR, so document_start[jR] is its document.
 And 0 <= e < R, so `end` lies between floor((t+1)/R) and ceil((t+1)/R) whatever the documents are: the slots that a
 tile of rows can see lie in a range that is known without them.
+
+Where the rows are a piece of a longer sequence, they count from the piece's first row, and a document that began o rows
+before it starts at row D = -o. Nothing changes: `//` rounds down and `%` is not negative. The complete blocks of the
+past then sit in slots -1, -2, ... and the block that straddles the border in slot 0:
+
+    rows        -7 ... 0 1 2 3 4 5 6 7 ...    D = -7, R = 4: e = 3, slot -1 holds rows -7..-4, slot 0 rows -3..0
 """
 
 from dataclasses import dataclass
@@ -19,12 +25,12 @@ import torch
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots of one scale, each tensor [ceil(t / R)] int64 (complete: bool).
+    """The slots of one scale, each tensor [past + ceil(t / R)] int64 (complete: bool); slot j is at index past + j.
 
     Args:
         document: row where the slot's document starts.
         last_row: last row of the slot's block.
-        complete: whether the slot holds a block whose rows all lie in its document.
+        complete: whether the slot holds a block whose rows all lie in its document and, from slot 0 on, in the piece.
     """
 
     document: torch.Tensor
@@ -32,14 +38,17 @@ class Slots:
     complete: torch.Tensor
 
 
-def slots_of(document_start_t: torch.Tensor, stride_rows: int) -> Slots:
-    """What every slot of the scale with `stride_rows` holds; `document_start_t` is int64."""
+def slots_of(document_start_t: torch.Tensor, stride_rows: int, past: int = 0) -> Slots:
+    """What every slot of the scale with `stride_rows` holds, the `past` slots in front of slot 0 included.
+
+    `document_start_t` is int64. The slots in front belong to the document of row 0.
+    """
     rows = document_start_t.numel()
-    document = document_start_t[::stride_rows]
-    anchor = torch.arange(0, rows, stride_rows, device=document.device)
+    document = torch.cat((document_start_t[:1].expand(past), document_start_t[::stride_rows]))
+    anchor = torch.arange(-past * stride_rows, rows, stride_rows, device=document.device)
     last_row = anchor - (-document) % stride_rows + stride_rows - 1
-    inside = last_row < rows
-    complete = inside & (document_start_t[last_row.clamp(max=rows - 1)] == document)
+    inside = (last_row < rows) & (last_row - document >= stride_rows - 1)
+    complete = inside & (document_start_t[last_row.clamp(0, rows - 1)] == document)
     return Slots(document, last_row, complete)
 
 

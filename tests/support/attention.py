@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.attention.api import dense_attention, maha_attention
 from maha_megatron.attention.dispatch import BACKEND_NAMES
 from maha_megatron.attention.spec import (
@@ -39,7 +40,27 @@ class Case:
         if isinstance(spec, DenseSpec):
             return f"{shape}-norm{spec.qk_norm:d}-conv{spec.convolution:d}"
         windows = "_".join(map(str, spec.windows))
-        return f"{shape}-r{spec.ratio}-w{windows}-{spec.downsampling}-lse{spec.lse_utility:d}-conv{spec.convolution:d}"
+        parts = [shape, f"r{spec.ratio}", f"w{windows}", spec.downsampling, *aggregation_words(spec)]
+        parts += [f"lse{spec.lse_utility:d}", f"conv{spec.convolution:d}"]
+        return "-".join(parts + ([f"seed{self.seed}"] if self.seed else []))
+
+
+def aggregation_words(spec: MahaSpec) -> list[str]:
+    """What distinguishes a spec from the joint softmax, for test names."""
+    words = {"queries": "full", "aggregation": "convex", "regularizer": "entropy", "coupling": "none"}
+    return [getattr(spec, name) for name, default in words.items() if getattr(spec, name) != default]
+
+
+def every_aggregation() -> list[dict[str, object]]:
+    """Options of MahaSpec: every way to fuse the scales but stated programs, with full and with pooled queries."""
+    solved = [
+        {"aggregation": aggregation, "regularizer": regularizer, "coupling": coupling, "lse_utility": lse_utility}
+        for aggregation, regularizer, coupling, lse_utility in itertools.product(
+            ("convex", "nash"), ("entropy", "quadratic"), ("none", "gram"), (True, False)
+        )
+    ]
+    fused = [*solved, {"aggregation": "mean"}]
+    return [{"queries": queries} | options for queries in ("full", "pooled") for options in fused]
 
 
 def start_rows(lengths: Sequence[int]) -> torch.Tensor:
@@ -86,14 +107,26 @@ def attend(
     case: Case, values: dict[str, torch.Tensor], backend: str, documents: Documents | None = None
 ) -> dict[str, torch.Tensor]:
     """`out`, and for MAHA `weights`, of the case on these leaves."""
-    inputs = [values[name] for name in ("q", "k", "v")]
-    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
-    documents = documents or documents_of(case, inputs[0].device)
-    arguments = (*inputs, documents.start_t, parameters, case.spec)
+    documents = documents or documents_of(case, values["q"].device)
+    arguments = _arguments(case, values, documents)
     if isinstance(case.spec, DenseSpec):
         return {"out": dense_attention(*arguments, backend=backend, **documents.for_dense)}
     result = maha_attention(*arguments, backend=backend, with_weights=True)
     return {"out": result.out_tnd, "weights": result.scale_weights_tnl}
+
+
+def _arguments(case: Case, values: dict[str, torch.Tensor], documents: Documents) -> tuple:
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    return (*(values[name] for name in "qkv"), documents.start_t, parameters, case.spec)
+
+
+def solves(
+    case: Case, backend: str, dtype: torch.dtype, values: dict[str, torch.Tensor] | None = None
+) -> SolveReport | None:
+    """What solving the scales' weights left, on the case's own leaves or on these."""
+    values = values or leaves(case, dtype)
+    arguments = _arguments(case, values, documents_of(case, values["q"].device))
+    return maha_attention(*arguments, backend=backend).solves
 
 
 def results(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:

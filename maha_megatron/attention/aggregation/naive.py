@@ -34,7 +34,7 @@ def aggregate(
     feasible_tnl = lse_tnl > -torch.inf
     report = None
     if spec.aggregation == "mean" or spec.scales == 1:
-        weights_tnl = feasible_tnl / feasible_tnl.sum(-1, keepdim=True)
+        weights_tnl = feasible_tnl.to(lse_tnl.dtype) / feasible_tnl.sum(-1, keepdim=True)
     else:
         payoff_tnl, matrix_tnll = programs(q_tnd, out_tnld, lse_tnl, parameters, spec)
         flat = (matrix_tnll.flatten(0, 1), payoff_tnl.flatten(0, 1), feasible_tnl.flatten(0, 1))

@@ -4,6 +4,8 @@ Kept for backward is the finer level alone, which scale attention keeps anyway. 
 gradient of the gather is a gather too: nothing is scattered and the result is bitwise reproducible.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from maha_megatron.attention.row_blocks import row_blocks
@@ -13,38 +15,44 @@ from maha_megatron.scales import stride
 
 
 def build_pyramid(
-    kv: torch.Tensor, document_start_t: torch.Tensor, parameters: AttentionParameters, spec: MahaSpec
+    kv: torch.Tensor,
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    past: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Packed keys and values of every scale; see pyramid/naive.py for shapes."""
     document_start_t = document_start_t.long()
-    levels = [kv]
+    levels = [kv if past is None else torch.cat((past[0], kv))]
     for scale in range(1, spec.scales):
-        family = _family(document_start_t, spec.ratio, scale)
+        family = _family(document_start_t, spec.ratio, scale, 0 if past is None else len(past[scale - 1]))
         gated = spec.downsampling == "gated"
         query = parameters.gate_query[scale - 1] if gated else None
         bias = parameters.gate_bias[scale - 1] if gated else None
-        levels.append(_Pool.apply(levels[-1], query, bias, *family))
+        pooled = _Pool.apply(levels[-1], query, bias, *family)
+        levels.append(pooled if past is None else torch.cat((past[scale], pooled)))
     return levels
 
 
-def _family(document_start_t: torch.Tensor, ratio: int, scale: int) -> tuple[torch.Tensor, ...]:
-    """Who summarises whom between scale-1 and scale.
+def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -> tuple[torch.Tensor, ...]:
+    """Who summarises whom between scale-1 and scale, with `past` finer slots in front of slot 0.
 
     Returns:
-        children [slots, r]: the finer slots that a slot pools; complete [slots] bool; place [finer slots]: where a
-        finer slot sits among all children (slot * r + child number), or slots * r if no complete block holds it.
+        children [slots, r]: the indices of the finer slots that a slot pools; complete [slots] bool; place [past +
+        finer slots]: where a finer slot sits among all children (slot * r + child number), or slots * r if no complete
+        block from slot 0 on holds it.
     """
     fine_stride, coarse_stride = stride(ratio, scale - 1), stride(ratio, scale)
-    coarse, fine = slots_of(document_start_t, coarse_stride), slots_of(document_start_t, fine_stride)
+    coarse, fine = slots_of(document_start_t, coarse_stride), slots_of(document_start_t, fine_stride, past)
     slot = torch.arange(coarse.document.numel(), device=document_start_t.device)
     block = slot - first_slot_of(coarse.document, coarse_stride)
     first_child = first_slot_of(coarse.document, fine_stride) + ratio * block
-    children = first_child[:, None] + torch.arange(ratio, device=slot.device)
+    children = past + first_child[:, None] + torch.arange(ratio, device=slot.device)
 
-    fine_slot = torch.arange(fine.document.numel(), device=slot.device)
+    fine_slot = torch.arange(-past, fine.document.numel() - past, device=slot.device)
     fine_block = fine_slot - first_slot_of(fine.document, fine_stride)
     parent = first_slot_of(fine.document, coarse_stride) + fine_block // ratio
-    known = parent.clamp(max=slot.numel() - 1)
+    known = parent.clamp(0, slot.numel() - 1)
     belongs = (known == parent) & coarse.complete[known] & (coarse.document[known] == fine.document)
     place = torch.where(belongs, parent * ratio + fine_block % ratio, slot.numel() * ratio)
     return children.clamp(max=fine_slot.numel() - 1), coarse.complete, place

@@ -1,5 +1,7 @@
 """The pyramid by its definition: document by document, block by block."""
 
+from collections.abc import Sequence
+
 import torch
 
 from maha_megatron.attention.documents import document_ranges
@@ -8,27 +10,35 @@ from maha_megatron.scales import complete_blocks, first_slot, slot_count, stride
 
 
 def build_pyramid(
-    kv: torch.Tensor, document_start_t: torch.Tensor, parameters: AttentionParameters, spec: MahaSpec
+    kv: torch.Tensor,
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    past: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Packed keys and values of every scale.
 
     Args:
         kv: [t, 2, g, d] keys (0) and values (1) of scale 0, neither normalised nor rotated.
-        document_start_t: [t] int.
+        document_start_t: [t] int; negative for rows of a document that began before these rows.
+        past: for such rows, the newest complete blocks of every scale, newest last, L tensors [past_l, 2, g, d] with
+            past_l >= r - 1 below the last scale.
 
     Returns:
-        L tensors [ceil(t / R_l), 2, g, d]; slots that hold no complete block are zero.
+        L tensors [past_l + ceil(t / R_l), 2, g, d], slot j at index past_l + j; slots that hold no complete block are
+        zero.
     """
-    levels = [kv]
+    past = [kv[:0]] * spec.scales if past is None else past
+    levels = [torch.cat((past[0], kv))]
     for scale in range(1, spec.scales):
         step = stride(spec.ratio, scale)
         slots = [torch.zeros_like(kv[0])] * slot_count(len(kv), step)
         for start, rows in document_ranges(document_start_t):
-            finer = first_slot(start, stride(spec.ratio, scale - 1))
-            for block in range(complete_blocks(rows, step)):
+            finer = len(past[scale - 1]) + first_slot(start, stride(spec.ratio, scale - 1))
+            for block in range(complete_blocks(max(-start, 0), step), complete_blocks(rows, step)):
                 children = levels[-1][finer + block * spec.ratio :][: spec.ratio]
                 slots[first_slot(start, step) + block] = pool(children, parameters, spec, scale)
-        levels.append(torch.stack(slots))
+        levels.append(torch.cat((past[scale], torch.stack(slots))))
     return levels
 
 

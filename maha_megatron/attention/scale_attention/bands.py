@@ -23,9 +23,10 @@ _TILE_ROWS, _SEGMENT_SLOTS = 64, 16
 
 @dataclass(frozen=True)
 class Band:
-    """One scale: a tile sees `width` slots that begin at slot floor(first row / R) - lookback (below 0: padding).
+    """One scale: a tile sees `width` slots that begin at slot floor(first row / R) - lookback.
 
-    Tiles hold `tile_rows` rows and begin `step` slots apart; without a step there is one tile in every chunk.
+    Below slot 0 lie the slots of the past, and padding in front of them. Tiles hold `tile_rows` rows and begin `step`
+    slots apart; without a step there is one tile in every chunk.
     """
 
     stride_rows: int
@@ -55,23 +56,30 @@ class Plan:
         return [(start, min(self.chunk_rows, self.padded_rows - start)) for start in starts]
 
 
-def plan_bands(rows: int, ratio: int, windows: tuple[int, ...], chunk_limit_rows: int) -> Plan:
+def plan_bands(
+    rows: int, ratio: int, windows: tuple[int, ...], chunk_limit_rows: int, past_slots: tuple[int, ...]
+) -> Plan:
     """The bands of a packed sequence of `rows` rows, in chunks of at most about `chunk_limit_rows` rows.
+
+    `past_slots` slots of each scale, at most its window, lie in front of slot 0: there, where the band of the first
+    tile would otherwise read padding. Few rows have one small tile; a single row's bands are its windows and one slot.
 
     Tiles and units are tile * ratio**i rows with tile = c * ratio**j, c <= ratio, so that every stride up to the unit
     divides it; a unit is at most a quarter of the rows, so that little is padded.
     """
-    power = 1
-    while power * ratio <= _TILE_ROWS:
+    assert all(past <= window for past, window in zip(past_slots, windows, strict=True)), (past_slots, windows)
+    power, least = 1, min(_TILE_ROWS, rows)
+    while power * ratio <= least:
         power *= ratio
-    tile = unit = power * -(-_TILE_ROWS // power)
+    tile = unit = power * -(-least // power)
     while unit * ratio <= min(chunk_limit_rows, rows // 4):
         unit *= ratio
     units = -(-rows // unit)
     chunk = unit * min(max(chunk_limit_rows // unit, 1), units)
+    strides = [stride(ratio, scale) for scale in range(len(windows))]
     bands = [
-        _band(stride(ratio, scale), min(window, slot_count(rows, stride(ratio, scale))), ratio, tile, unit, chunk)
-        for scale, window in enumerate(windows)
+        _band(step, min(window, past_slots[scale] + slot_count(rows, step)), ratio, tile, unit, chunk)
+        for scale, (window, step) in enumerate(zip(windows, strides, strict=True))
     ]
     return Plan(unit, chunk, units * unit, tuple(bands))
 

@@ -29,14 +29,14 @@ class Call:
     where tensor cores want them, and in the arithmetic's elsewhere.
     """
 
-    def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, levels):
+    def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, past_slots, levels):
         rows, heads, _ = q.shape
-        self.q, self.levels, self.spec = q, levels, spec
+        self.q, self.levels, self.spec, self.past_slots = q, levels, spec, past_slots
         self.query_gain, self.key_gain, self.rho, self.beta = query_gain, key_gain, rho, beta
         self.groups, self.dtype = levels[0].shape[2], torch.promote_types(q.dtype, torch.float32)
         self.operand = q.dtype if q.device.type == "cuda" else self.dtype
         limit = _LOGITS_PER_CHUNK["cuda" if q.device.type == "cuda" else "cpu"] // (heads * 2 * max(spec.windows))
-        self.plan = plan_bands(rows, spec.ratio, spec.windows, limit)
+        self.plan = plan_bands(rows, spec.ratio, spec.windows, limit, past_slots)
         self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
         self.document = F.pad(document_start_t, (0, self.plan.padded_rows - rows), value=rows)
@@ -52,14 +52,14 @@ class Call:
         return torch.zeros(shape, dtype=self.operand, device=self.q.device)
 
     def slots_view(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
-        """The real slots of a padded tensor [g, slots, d] as rows: [slots, g, d]."""
-        first = self.bands[scale].lookback
+        """The real slots of a padded tensor [g, slots, d], those of the past included, as rows: [slots, g, d]."""
+        first = self.bands[scale].lookback - self.past_slots[scale]
         return padded[scale][:, first : first + len(self.levels[scale])].transpose(0, 1)
 
     def key_rotation(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [slots, 1, d]: position b + (R - 1) / R of block b is that of its last row, over R."""
         band = self.bands[scale]
-        slots = slots_of(self.document[: len(self.q)], band.stride_rows)
+        slots = slots_of(self.document[: len(self.q)], band.stride_rows, self.past_slots[scale])
         position = (slots.last_row - slots.document).double() / band.stride_rows
         return rotation(position[:, None], self.q.shape[-1], self.spec.rope_base, self.dtype)
 

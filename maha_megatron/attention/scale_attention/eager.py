@@ -8,6 +8,7 @@ The choice is made by the spec, never by a value at run time.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -25,13 +26,17 @@ def attend(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
+    past_slots: Sequence[int] | None = None,
 ) -> Attended:
     """Output, scale weights and what solving them left; `levels` are the packed keys and values of every scale.
+
+    `past_slots`: how many slots of each level lie in front of slot 0, at most its window; none where it is not given.
 
     Raises:
         MahaError: whatever the spec's program raises.
     """
     document_start_t = document_start_t.long()
+    past_slots = tuple(past_slots or (0,) * spec.scales)
     if spec.scales == 1:  # one scale weighs 1, and a block of one row is that row
         joint = spec
     elif spec.queries == "full" and spec.aggregation == "mean":
@@ -39,9 +44,12 @@ def attend(
     else:
         joint = spec if spec.queries == "full" and spec.joint_softmax else None
     if joint is not None:
-        out_tnd, weights_tnl = attend_jointly(q_tnd, levels, document_start_t, parameters, joint)
+        out_tnd, weights_tnl = attend_jointly(q_tnd, levels, document_start_t, parameters, joint, past_slots)
         return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
-    per_scale = attend_pooled if spec.queries == "pooled" else attend_scales
-    outputs_tnld, lse_tnl = per_scale(q_tnd, levels, document_start_t, parameters, spec)
+    if spec.queries == "pooled":
+        assert not any(past_slots), "pooled queries have no past"
+        outputs_tnld, lse_tnl = attend_pooled(q_tnd, levels, document_start_t, parameters, spec)
+    else:
+        outputs_tnld, lse_tnl = attend_scales(q_tnd, levels, document_start_t, parameters, spec, past_slots)
     out_tnd, weights_tnl, report = aggregate(q_tnd, outputs_tnld, lse_tnl, parameters, spec)
     return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl.detach(), report=report)

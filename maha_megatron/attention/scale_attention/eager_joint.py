@@ -29,10 +29,12 @@ def attend_jointly(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
+    past_slots: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [t, n, d] in q's dtype and scale weights [t, n, L], detached and at least fp32: softmax of the utilities.
 
-    `levels` are the packed keys and values of every scale. Without `utility_query` the learned utilities are 0.
+    `levels` are the packed keys and values of every scale, each with `past_slots` in front of slot 0. Without
+    `utility_query` the learned utilities are 0.
     """
     return _JointAttention.apply(
         q_tnd,
@@ -42,14 +44,15 @@ def attend_jointly(
         parameters.utility_bias,
         document_start_t,
         spec,
+        past_slots,
         *levels,
     )
 
 
 class _JointAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, query_gain, key_gain, rho, beta, document_start_t, spec, *levels):
-        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, spec, levels)
+    def forward(ctx, q, query_gain, key_gain, rho, beta, document_start_t, spec, past_slots, *levels):
+        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, spec, past_slots, levels)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         weights = torch.empty(*q.shape[:2], spec.scales, dtype=call.dtype, device=q.device)
         offsets = torch.empty_like(weights)
@@ -66,7 +69,7 @@ class _JointAttention(torch.autograd.Function):
             chunk.write(weights, weight)
             chunk.write(offsets, (log_weights - lse).masked_fill_(lse == -torch.inf, 0.0))
         ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels)
-        ctx.spec = spec
+        ctx.spec, ctx.past_slots = spec, past_slots
         ctx.mark_non_differentiable(weights)
         return out, weights
 
@@ -74,7 +77,7 @@ class _JointAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, _):
         q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, levels)
+        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, ctx.past_slots, levels)
         grads, scales = Gradients(call), range(ctx.spec.scales)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
@@ -91,6 +94,7 @@ class _JointAttention(torch.autograd.Function):
             sum(key_gain_shares).to(key_gain.dtype),
             grad_rho,
             grad_beta,
+            None,
             None,
             None,
             *level_grads,

@@ -39,7 +39,7 @@ def attend_pooled(
         slots = slots_of(document_start_t, stride_rows)
         start = first_slot_of(slots.document, stride_rows)
         one_scale = dataclasses.replace(spec, windows=(spec.windows[scale],))
-        output, lse = attend_scales(query[:, 0], [level], start, parameters, one_scale)
+        output, lse = attend_scales(query[:, 0], [level], start, parameters, one_scale, (0,))
         read = _readers(document_start_t, slots, stride_rows)
         outputs.append(_Read.apply(output.squeeze(2), 0.0, *read))
         lses.append(_Read.apply(lse.squeeze(2), -torch.inf, *read))

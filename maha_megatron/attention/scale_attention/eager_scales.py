@@ -21,20 +21,21 @@ def attend_scales(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
+    past_slots: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs O [t, n, L, d] and log-sum-exps [t, n, L] of every scale, at least fp32: 0 and -inf where infeasible.
 
-    `levels` are the packed keys and values of every scale, `document_start_t` is int64. A gradient of an infeasible
-    LSE goes nowhere, but it must be finite.
+    `levels` are the packed keys and values of every scale, each with `past_slots` in front of slot 0;
+    `document_start_t` is int64. A gradient of an infeasible LSE goes nowhere, but it must be finite.
     """
     gains = (parameters.query_gain, parameters.key_gain)
-    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, *levels)
+    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, past_slots, *levels)
 
 
 class _ScalesAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, query_gain, key_gain, document_start_t, spec, *levels):
-        call = Call(q, query_gain, key_gain, None, None, document_start_t, spec, levels)
+    def forward(ctx, q, query_gain, key_gain, document_start_t, spec, past_slots, *levels):
+        call = Call(q, query_gain, key_gain, None, None, document_start_t, spec, past_slots, levels)
         rows, heads, width = q.shape
         outputs = torch.empty(rows, heads, spec.scales, width, dtype=call.dtype, device=q.device)
         lses = torch.empty(rows, heads, spec.scales, dtype=call.dtype, device=q.device)
@@ -45,14 +46,14 @@ class _ScalesAttention(torch.autograd.Function):
                 chunk.write(outputs[:, :, scale], output)
                 chunk.write(lses[:, :, scale, None], lse[..., None])
         ctx.save_for_backward(q, query_gain, key_gain, document_start_t, outputs, lses, *levels)
-        ctx.spec = spec
+        ctx.spec, ctx.past_slots = spec, past_slots
         return outputs, lses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_outputs, grad_lses):
         q, query_gain, key_gain, document_start_t, outputs, lses, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, None, None, document_start_t, ctx.spec, levels)
+        call = Call(q, query_gain, key_gain, None, None, document_start_t, ctx.spec, ctx.past_slots, levels)
         grads, scales = Gradients(call), range(ctx.spec.scales)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
@@ -70,4 +71,4 @@ class _ScalesAttention(torch.autograd.Function):
             grads.add_queries(chunk, shares)
         level_grads, key_gain_shares = zip(*(grads.level(scale) for scale in scales), strict=True)
         query_gain = grads.learned()[0]
-        return grads.q, query_gain, sum(key_gain_shares).to(key_gain.dtype), None, None, *level_grads
+        return grads.q, query_gain, sum(key_gain_shares).to(key_gain.dtype), None, None, None, *level_grads

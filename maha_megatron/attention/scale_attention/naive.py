@@ -1,5 +1,7 @@
 """Attention per scale by its definition: row by row, scale by scale, over the visible blocks only."""
 
+from collections.abc import Sequence
+
 import torch
 
 from maha_megatron.attention.aggregation.naive import aggregate
@@ -15,8 +17,13 @@ def attend(
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
+    past_slots: Sequence[int] | None = None,
 ) -> Attended:
-    """Output, scale weights and the solver's report; `levels` are the packed keys and values of every scale."""
+    """Output, scale weights and the solver's report; `levels` are the packed keys and values of every scale.
+
+    `past_slots`: how many slots of each level lie in front of slot 0; none where it is not given.
+    """
+    past_slots = past_slots or (0,) * spec.scales
     keys = [normalise(level[:, 0], parameters.key_gain, spec.norm_epsilon) for level in levels]
     values = [level[:, 1] for level in levels]
     width, outputs, lses = q_tnd.shape[-1], [], []
@@ -27,7 +34,8 @@ def attend(
             last = complete_blocks(row - start + 1, step) * step - 1 if spec.queries == "pooled" else row - start
             first = last - step + 1 if spec.queries == "pooled" else last
             blocks = visible_blocks(last, step, window)
-            slots = slice(first_slot(start, step) + blocks.start, first_slot(start, step) + blocks.stop)
+            slot = past_slots[scale] + first_slot(start, step)
+            slots = slice(slot + blocks.start, slot + blocks.stop)
             query = q_tnd[start + first : start + last + 1].mean(0) if blocks else torch.zeros_like(q_tnd[row])
             query = normalise(query, parameters.query_gain, spec.norm_epsilon)
             query_at = torch.tensor(last / step, dtype=torch.float64, device=q_tnd.device)

@@ -1,16 +1,18 @@
 """What the eager backend must never do: read a value back to the host, or hold anything quadratic in the rows."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maha_megatron.attention import dispatch
-from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from maha_megatron.attention import api, dispatch
+from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
+from maha_megatron.attention.state import MahaState, piece_document_start
 from maha_megatron.errors import ConfigError
 from maha_megatron.scales import default_windows
-from tests.support.attention import Case, attend, leaves
+from tests.support.attention import Case, attend, leaves, parameter_specs, start_rows
 
 READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
 
@@ -44,6 +46,27 @@ def test_maha_reads_nothing_back_and_holds_nothing_quadratic(lse_utility):
     watch = forward_and_backward(Case(lengths=(5000, 11384), n=1, g=1, d=16, spec=spec))
     assert not watch.names & READS_BACK
     assert watch.largest <= 2**21, "logits of one chunk, or inputs by their size"
+
+
+def test_pieces_read_nothing_back(monkeypatch):
+    """On a CPU the starts of a piece are looked at, since that costs nothing there; a GPU's are not."""
+    spec = MahaSpec(ratio=4, windows=(20, 9, 6))
+    case = Case(lengths=(300, 10, 200), n=2, g=1, d=16, spec=spec)
+    values, starts = leaves(case, torch.float32), start_rows(case.lengths)
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    for looked in (True, False):
+        if not looked:
+            monkeypatch.setattr(api, "check_document_start", lambda state, document_start_t: None)
+        state = MahaState.initial(spec, streams=1, n=2, g=1, d=16, dtype=torch.float32, rewind_rows=5)
+        with Watch() as watch:
+            for first, stop in itertools.pairwise((0, 100, 101, 305, 510)):
+                inputs = [values[name][first:stop] for name in "qkv"]
+                start_t = piece_document_start(starts, first, stop)
+                result = api.maha_attention(*inputs, start_t, parameters, spec, state=state)
+                state = result.state.reorder(torch.tensor([0]))
+            (result.out_tnd.sum() + sum(entry.sum() for entry in state.entries)).backward()
+            state.document_start(3, [(1,)])
+        assert bool(watch.names & READS_BACK) == looked
 
 
 def test_dense_reads_nothing_back():
@@ -95,7 +118,6 @@ def test_the_backend_is_logged_once(caplog):
 
 def test_dense_eager_insists_on_the_documents_lengths():
     from maha_megatron.attention.api import dense_attention
-    from maha_megatron.attention.spec import AttentionParameters
 
     q = torch.randn(4, 2, 8)
     spec = DenseSpec(qk_norm=False, convolution=False)
