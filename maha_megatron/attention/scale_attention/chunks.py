@@ -1,20 +1,22 @@
-"""What banded scale attention holds while it runs: a call's keys and values, and one chunk's queries.
+"""What banded scale attention holds while it runs: one chunk's queries, and the keys and values that they read.
 
 Shapes: queries and logits of a chunk are [g, rows, n/g, z]; as operands of a matrix product they are cut into tiles,
 [g * tiles, tile rows * n/g, z], against the tiles' bands of keys or values, [g * tiles, width, d]. So the query heads
 of a KV group share one product, and keys are never repeated.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from maha_megatron.attention.normalise_rotate import normalise, normalise_rotate, quarter_turn, rotation
-from maha_megatron.attention.scale_attention.bands import Band, gather_tiles, padded_shape, plan_bands, visibility_bias
+from maha_megatron.attention.scale_attention.bands import Band, gather_tiles, plan_bands, visibility_bias
 from maha_megatron.attention.slots import slots_of
 from maha_megatron.attention.spec import MahaSpec
 
 # logits of one scale that exist at once: they stay in the cache of a CPU, and fill a GPU
-_LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
+_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -22,8 +24,16 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a, b) if a.dtype.itemsize >= 4 else torch.bmm(a, b, out_dtype=torch.float32)
 
 
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """e^x in place for x <= 0, as a power of two: torch's exp is 20 times slower on a CPU where x has -inf in it.
+
+    Rounding x / ln 2 costs |x| e^x half units of the last place of 1, less than half of one.
+    """
+    return x.mul_(1 / math.log(2)).exp2_()
+
+
 class Call:
-    """What one call holds for all its chunks: parameters in the dtype of the arithmetic, padded keys and values.
+    """What one call holds for all its chunks: parameters and where slots stand. Keys are made chunk by chunk.
 
     Logits, softmax and accumulation are in at least fp32. Matrix products read operands in the inputs' dtype on CUDA,
     where tensor cores want them, and in the arithmetic's elsewhere.
@@ -40,28 +50,46 @@ class Call:
         self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
         self.document = F.pad(document_start_t, (0, self.plan.padded_rows - rows), value=rows)
-        self.keys = [self._padded(scale) for scale in range(spec.scales)]
-        self.values = [self._padded(scale) for scale in range(spec.scales)]
-        for scale, level in enumerate(levels):
-            turn = self.key_rotation(scale)
-            normalise_rotate(level[:, 0], key_gain, *turn, spec.norm_epsilon, self.slots_view(self.keys, scale))
-            self.slots_view(self.values, scale).copy_(level[:, 1])
+        self.position = [self._position(scale) for scale in range(spec.scales)]
+        self._held = [(range(0), None, None)] * spec.scales
 
-    def _padded(self, scale: int) -> torch.Tensor:
-        shape = padded_shape(self.groups, self.q.shape[-1], self.bands[scale], self.plan.padded_rows)
-        return torch.zeros(shape, dtype=self.operand, device=self.q.device)
-
-    def slots_view(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
-        """The real slots of a padded tensor [g, slots, d], those of the past included, as rows: [slots, g, d]."""
-        first = self.bands[scale].lookback - self.past_slots[scale]
-        return padded[scale][:, first : first + len(self.levels[scale])].transpose(0, 1)
-
-    def key_rotation(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [slots, 1, d]: position b + (R - 1) / R of block b is that of its last row, over R."""
+    def _position(self, scale: int) -> torch.Tensor:
+        """fp64 [slots, 1]: position b + (R - 1) / R of block b is that of its last row, over R."""
         band = self.bands[scale]
         slots = slots_of(self.document[: len(self.q)], band.stride_rows, self.past_slots[scale])
-        position = (slots.last_row - slots.document).double() / band.stride_rows
-        return rotation(position[:, None], self.q.shape[-1], self.spec.rope_base, self.dtype)
+        return (slots.last_row - slots.document).double()[:, None] / band.stride_rows
+
+    def real(self, scale: int, span: range) -> slice:
+        """The entries of a level that lie in a span of slots; the rest of the span is padding."""
+        past, entries = self.past_slots[scale], len(self.levels[scale])
+        return slice(min(max(span.start + past, 0), entries), min(max(span.stop + past, 0), entries))
+
+    def key_rotation(self, scale: int, entries: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [entries, 1, d] of these keys."""
+        return rotation(self.position[scale][entries], self.q.shape[-1], self.spec.rope_base, self.dtype)
+
+    def operands(self, scale: int, span: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, normalised and rotated, and values of a span of slots: [g, slots, d] each, 0 where it is padding.
+
+        Spans come in order; what the last one shares with this one is taken from it.
+        """
+        held, *last = self._held[scale]
+        if held == span:
+            return tuple(last)
+        shared = range(max(held.start, span.start), held.stop)
+        shape = (self.groups, len(span), self.q.shape[-1])
+        keys, values = (torch.zeros(shape, dtype=self.operand, device=self.q.device) for _ in range(2))
+        for old, new in zip(last, (keys, values), strict=True):
+            if shared:
+                new[:, : len(shared)] = old[:, len(held) - len(shared) :]
+        level, entries = self.levels[scale], self.real(scale, range(span.start + len(shared), span.stop))
+        first = entries.start - self.past_slots[scale] - span.start
+        inside = slice(first, first + entries.stop - entries.start)
+        turn, into = self.key_rotation(scale, entries), keys[:, inside].transpose(0, 1)
+        normalise_rotate(level[entries, 0], self.key_gain, *turn, self.spec.norm_epsilon, into)
+        values[:, inside].transpose(0, 1).copy_(level[entries, 1])
+        self._held[scale] = span, keys, values
+        return keys, values
 
 
 class Chunk:
@@ -76,6 +104,7 @@ class Chunk:
         self.normal = normalise(self.raw, self.gain, call.spec.norm_epsilon)
         self.turned = quarter_turn(self.normal)
         self.turns = [self._turn(band) for band in call.bands]
+        self._held, self._tiles = None, None
         self.utility = self.normal.new_zeros(*self.normal.shape[:-1], 1)
         if call.rho is not None:
             self.rho = call.rho.to(call.dtype).unflatten(1, (call.groups, -1))
@@ -108,13 +137,18 @@ class Chunk:
 
     def logits(self, rotated: torch.Tensor, scale: int) -> torch.Tensor:
         """[g, rows, n/g, width of the band], -inf where a slot is not visible."""
-        logits = self.from_tiles(product(self.to_tiles(rotated, scale), self.tiles(self.call.keys, scale).mT))
+        logits = self.from_tiles(product(self.to_tiles(rotated, scale), self.tiles(scale)[0].mT))
         bias = visibility_bias(self.call.bands[scale], self.row, self.start, self.document, logits.dtype)
         return logits.add_(bias[:, None])
 
-    def tiles(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
-        """Keys or values of the bands of this chunk: [g * tiles, width of the band, d]."""
-        return gather_tiles(padded[scale], self.call.bands[scale], self.start, self.rows)
+    def tiles(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the bands of this chunk: [g * tiles, width of the band, d]; kept until another scale."""
+        if self._held != scale:
+            band = self.call.bands[scale]
+            self._tiles = None  # first, so that two scales' tiles never exist at once
+            operands = self.call.operands(scale, band.span(self.start, self.rows))
+            self._held, self._tiles = scale, tuple(gather_tiles(span, band, self.rows) for span in operands)
+        return self._tiles
 
     def to_tiles(self, x: torch.Tensor, scale: int) -> torch.Tensor:
         """[g, rows, n/g, z] -> [g * tiles, tile rows * n/g, z], an operand of a matrix product."""
@@ -130,7 +164,7 @@ def attend_scale(chunk: Chunk, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits = chunk.logits(chunk.rotated(scale), scale)
     # a row that sees nothing has maximum -inf: any finite shift then gives exp(-inf) = 0
     top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    p = logits.sub_(top).exp_()
+    p = exp_(logits.sub_(top))
     mass = p.sum(-1, keepdim=True)
-    output = chunk.from_tiles(product(chunk.to_tiles(p, scale), chunk.tiles(chunk.call.values, scale)))
+    output = chunk.from_tiles(product(chunk.to_tiles(p, scale), chunk.tiles(scale)[1]))
     return output.div_(mass.clamp(min=torch.finfo(mass.dtype).tiny)), (top + mass.log()).squeeze(-1)

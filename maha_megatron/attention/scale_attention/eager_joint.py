@@ -18,7 +18,7 @@ Kept for backward: q, the levels, out, a. Infeasible scales have P = 0 exactly, 
 import torch
 
 from maha_megatron.attention.aggregation.eager import scale_log_weights
-from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale
+from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale, exp_
 from maha_megatron.attention.scale_attention.gradients import Gradients
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
@@ -81,24 +81,14 @@ class _JointAttention(torch.autograd.Function):
         grads, scales = Gradients(call), range(ctx.spec.scales)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
+            grads.start_chunk(chunk)
             grad = chunk.read(grad_out)
             offset = chunk.read(offsets)
             delta = (grad * chunk.read(out)).sum(-1, keepdim=True)
             shares = [_attend_scale_backward(chunk, scale, grad, offset, delta, grads) for scale in scales]
             grads.add_queries(chunk, *zip(*shares, strict=True))
-        level_grads, key_gain_shares = zip(*(grads.level(scale) for scale in scales), strict=True)
-        query_gain, grad_rho, grad_beta = grads.learned()
-        return (
-            grads.q,
-            query_gain,
-            sum(key_gain_shares).to(key_gain.dtype),
-            grad_rho,
-            grad_beta,
-            None,
-            None,
-            None,
-            *level_grads,
-        )
+        grads.finish()
+        return grads.q, *grads.learned(), None, None, None, *grads.levels
 
 
 def _attend_scale_backward(
@@ -109,7 +99,7 @@ def _attend_scale_backward(
     grad [g, rows, n/g, d], offset [g, rows, n/g, L], delta [g, rows, n/g, 1]. The third result is the scale's weight.
     """
     rotated = chunk.rotated(scale)
-    p = chunk.logits(rotated, scale).add_(offset[..., scale, None]).exp_()
+    p = exp_(chunk.logits(rotated, scale).add_(offset[..., scale, None]))
     weight = p.sum(-1, keepdim=True)
     grad_p = grads.through_values(chunk, scale, p, grad)
     if chunk.call.spec.lse_utility:

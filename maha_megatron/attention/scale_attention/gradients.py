@@ -10,21 +10,64 @@ from maha_megatron.attention.scale_attention.chunks import Call, Chunk, product
 
 
 class Gradients:
-    """Gradients of one backward, accumulated chunk by chunk in the dtype of the arithmetic, in a fixed order."""
+    """Gradients of one backward, accumulated chunk by chunk in the dtype of the arithmetic, in a fixed order.
+
+    Of keys and values only the chunk's own span is held: what the next chunk no longer reads is finished, and goes
+    through the keys' rotation and normalisation into the gradient of its level.
+
+        chunk i       [lookback | rows i]                 `start_chunk` adds what it shares with chunk i-1
+        chunk i+1            [lookback | rows i+1]
+                      [ done ]
+    """
 
     def __init__(self, call: Call):
         self.call = call
         self.q = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
         self.query_gain, self.rho, self.beta = 0, 0, 0
-        self.keys = [torch.zeros_like(keys, dtype=call.dtype) for keys in call.keys]
-        self.values = [torch.zeros_like(values, dtype=call.dtype) for values in call.values]
+        self.levels = [torch.empty_like(level) for level in call.levels]
+        self.key_gain = torch.zeros_like(call.key_gain, dtype=call.dtype)
+        self.spans = [range(0)] * call.spec.scales
+        self.keys, self.values = ([None] * call.spec.scales for _ in range(2))
+
+    def start_chunk(self, chunk: Chunk) -> None:
+        """Move every scale's span to that of `chunk`."""
+        for scale, band in enumerate(self.call.bands):
+            self._move(scale, band.span(chunk.start, chunk.rows))
+
+    def finish(self) -> None:
+        """After the last chunk: `levels` and `key_gain` are then whole."""
+        for scale, span in enumerate(self.spans):
+            self._move(scale, range(span.stop, span.stop))
+
+    def _move(self, scale: int, span: range) -> None:
+        held, shape = self.spans[scale], (self.call.groups, len(span), self.q.shape[-1])
+        keys, values = (torch.zeros(shape, dtype=self.call.dtype, device=self.q.device) for _ in range(2))
+        if held:
+            shared = range(max(held.start, span.start), held.stop)
+            for old, new in ((self.keys[scale], keys), (self.values[scale], values)):
+                new[:, : len(shared)] = old[:, len(held) - len(shared) :]
+            self._write(scale, range(held.start, shared.start))
+        self.spans[scale], self.keys[scale], self.values[scale] = span, keys, values
+
+    def _write(self, scale: int, done: range) -> None:
+        """The held gradients of the first slots, into their level [slots, 2, g, d]."""
+        call, entries = self.call, self.call.real(scale, done)
+        if entries.start == entries.stop:
+            return
+        first = entries.start - call.past_slots[scale] - done.start
+        inside = slice(first, first + entries.stop - entries.start)
+        grad_keys, grad_values = (x[scale][:, inside].transpose(0, 1) for x in (self.keys, self.values))
+        grad, level = self.levels[scale][entries], call.levels[scale][entries]
+        turn, epsilon = call.key_rotation(scale, entries), call.spec.norm_epsilon
+        self.key_gain += normalise_rotate_backward(grad_keys, level[:, 0], call.key_gain, *turn, epsilon, grad[:, 0])
+        grad[:, 1] = grad_values
 
     def through_values(self, chunk: Chunk, scale: int, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """out = P V of one scale: adds the gradient of V and returns that of P [g, rows, n/g, width of the band]."""
         grad_tiles = chunk.to_tiles(grad, scale)
-        grad_p = chunk.from_tiles(product(grad_tiles, chunk.tiles(self.call.values, scale).mT))
+        grad_p = chunk.from_tiles(product(grad_tiles, chunk.tiles(scale)[1].mT))
         grad_values = product(chunk.to_tiles(p, scale).mT, grad_tiles)
-        add_tiles(self.values[scale], grad_values, self.call.bands[scale], chunk.start, chunk.rows)
+        add_tiles(self.values[scale], grad_values, self.call.bands[scale], chunk.rows)
         return grad_p
 
     def through_logits(
@@ -33,8 +76,8 @@ class Gradients:
         """S = Q K' of one scale: adds the gradient of K and returns that of the rotated queries [g, rows, n/g, d]."""
         tiles = chunk.to_tiles(grad_logits, scale)
         grad_keys = product(tiles.mT, chunk.to_tiles(rotated, scale))
-        add_tiles(self.keys[scale], grad_keys, self.call.bands[scale], chunk.start, chunk.rows)
-        return chunk.from_tiles(product(tiles, chunk.tiles(self.call.keys, scale)))
+        add_tiles(self.keys[scale], grad_keys, self.call.bands[scale], chunk.rows)
+        return chunk.from_tiles(product(tiles, chunk.tiles(scale)[0]))
 
     def add_queries(
         self,
@@ -65,23 +108,15 @@ class Gradients:
         chunk.write(self.q, grad)
 
     def learned(self) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of query gain, rho and beta."""
+        """Gradients of query gain, key gain, rho and beta."""
         call = self.call
         query_gain = self.query_gain.flatten(0, 1).to(call.query_gain.dtype)
+        key_gain = self.key_gain.to(call.key_gain.dtype)
         if call.rho is None:
-            return query_gain, None, None
+            return query_gain, key_gain, None, None
         return (
             query_gain,
+            key_gain,
             self.rho.flatten(1, 2).to(call.rho.dtype),
             self.beta.flatten(0, 1).T.to(call.beta.dtype),
         )
-
-    def level(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient of a level [slots, 2, g, d], through the keys' rotation and normalisation, and of the key gain."""
-        call, level = self.call, self.call.levels[scale]
-        grad = torch.empty_like(level)
-        grad_keys = call.slots_view(self.keys, scale)
-        turn, epsilon = call.key_rotation(scale), call.spec.norm_epsilon
-        grad_gain = normalise_rotate_backward(grad_keys, level[:, 0], call.key_gain, *turn, epsilon, grad[:, 0])
-        grad[:, 1] = call.slots_view(self.values, scale)
-        return grad, grad_gain
