@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from maha_megatron import scales
-from maha_megatron.config import accounting
+from maha_megatron.config import accounting, aggregation_cost
 from maha_megatron.config.derive import layer_attention, maha_windows
 from maha_megatron.config.load import load_config, load_fragments
 from maha_megatron.config.schema import Config
@@ -58,12 +58,27 @@ def flops_report(config: Config) -> dict[str, Any]:
             for kind, flops in accounting.attention_flops(config, config.data.sequence_tokens).items()
             if kind in kinds or kind == "dense"
         },
+        "notes": _notes(config) if "maha" in kinds else [],
         "forward_flops_per_token": terms,
         "training_flops_per_token": accounting.training_flops_per_token(config),
         "attention_share_frac": accounting.attention_share(config),
         "keys_of_windows": sum(scales.default_windows(config.data.sequence_tokens)),
         "attention_share_frac_of_others": _shares(config.data.sequence_tokens),
     }
+
+
+def _notes(config: Config) -> list[str]:
+    """What is assumed, or left out, in counting how the scales are fused; empty where everything is counted."""
+    maha, levels = config.maha, len(maha_windows(config))
+    if maha.aggregation == "program":
+        return [f"the solver of {maha.program} is not counted: what a stated program costs has to be measured"]
+    if levels == 1 or maha.aggregation == "mean" or (maha.aggregation, maha.coupling) == ("convex", "none"):
+        return []
+    if maha.regularizer == "entropy":
+        return [f"solver: {aggregation_cost.NEWTON_STEPS} Newton steps, a mean"]
+    if levels <= aggregation_cost.ENUMERATED_SCALES:
+        return [f"solver: {2**levels - 1} supports"]
+    return [f"solver: {aggregation_cost.PATH_STEPS} steps along the path, a mean"]
 
 
 def _shares(sequence_tokens: int) -> dict[str, dict[str, float]]:
@@ -92,8 +107,9 @@ def _tables(report: dict[str, Any]) -> str:
         "operator, forward, FLOP per sequence and layer",
     ]
     for kind, flops in report["attention_flops_per_sequence_and_layer"].items():
-        lines += [f"  {kind:6} {term:18} {format_count(value):>9}" for term, value in flops.items()]
+        lines += [f"  {kind:6} {term:18} {format_count(value):>9}" for term, value in flops.items() if value]
         lines.append(f"  {kind:6} {'sum':18} {format_count(sum(flops.values())):>9}")
+    lines += [f"  {note}" for note in report["notes"]]
     forward = report["forward_flops_per_token"]
     lines += ["", "model, forward, FLOP per token (backward: twice as many)"]
     lines += [

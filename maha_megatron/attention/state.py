@@ -105,9 +105,10 @@ class MahaState:
         """
         expected = {f"entries.{scale}" for scale in range(spec.scales)} | {"offset", "rewindable"}
         expected |= {"rows"} if spec.convolution else set()
-        if tensors.keys() != expected:
+        if tensors.keys() != expected or tensors["entries.0"].ndim != 5:
             raise StateError(
-                f"a state of this attention has the tensors {sorted(expected)}, these are {sorted(tensors)}: "
+                f"a state of this attention has the tensors {sorted(expected)}, entries with 5 dimensions; these are "
+                f"{ {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())} }: "
                 "restore it with the spec that it was saved under"
             )
         streams, held, _, g, d = tensors["entries.0"].shape
@@ -162,16 +163,18 @@ class MahaState:
                 out where there is none in any stream.
 
         Returns:
-            [B * rows] int64, stream after stream, on the state's device; nothing is read back from it.
+            [B * rows] int64, stream after stream, on the state's device; the host does not wait for it. Rows of the
+            running document hold -offset. With another value there, positions would be wrong and blocks would pool the
+            wrong rows, and but on a CPU no error would say so.
         """
         new_documents = new_documents or [()] * self.streams
         assert len(new_documents) == self.streams, (len(new_documents), self.streams)
-        starts = torch.full((self.streams, rows), torch.iinfo(torch.int64).min)
+        starts = (-self.offset)[:, None].repeat(1, rows)
         for stream, new in enumerate(new_documents):
-            for row in new:
+            for row in sorted(new):
                 assert 0 <= row < rows, f"a new document of stream {stream} at row {row} of a piece of {rows}"
-                starts[stream, row] = row
-        return torch.maximum(starts.to(self.offset.device).cummax(1).values, -self.offset[:, None]).flatten()
+                starts[stream, row:] = row
+        return starts.flatten()
 
     def reorder(self, index: torch.Tensor) -> "MahaState":
         """The streams `index` (int64 [B'], repetition welcome), as beam search picks them."""

@@ -4,16 +4,21 @@ Counting rules of operations. A multiplication and an addition are one operation
 2 per weight and token. The attention operator is counted all-in, on MAHA's and on dense's side alike:
     both        score and value products of the visible pairs, RoPE (3 per turned element, at every scale), convolution
                 (6 for three taps, 1 for the product in silu, 1 for the sum, per channel)
-    MAHA        pyramid (a gated child of K or V: 2d + 1 for its gate, 2d for its share of the sum; d for a mean),
-                utilities (2d + 1, + 1 with LSE, per scale), combination of the scales (2d per scale)
+    MAHA        pyramid (a child of K or V: 4d + 1 with a gate, 2d + 1 of it for its score; 2d with a kernel, 2 per
+                weight; d for a mean or a maximum), key map (2d^2 per block), pooled queries (d per child),
+                utilities (2d + 1, + 1 with LSE, per scale; none for equal weights), Gram matrix (2d per pair of scales
+                i <= j) and solver (aggregation_cost.py), combination of the scales (2d per scale)
     neither     exponentials, norms, projections
-Under grouped queries, products, query RoPE, utilities and combination are counted per query head; key RoPE and pyramid
-per KV group, for dense as for MAHA. A sequence is one document, the most expensive case.
+Under grouped queries, products, query RoPE, utilities, Gram, solver and combination are counted per query head; key
+RoPE, pyramid and key map per KV group, for dense as for MAHA. Pooled queries attend once per block: visible pairs are
+then pairs of blocks. A sequence is one document, the most expensive case. Not counted: the solver of a stated program.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from maha_megatron import scales
+from maha_megatron.config.aggregation_cost import gram_flops, solver_flops
 from maha_megatron.config.derive import data_parallel_size, layer_attention, maha_windows, padded_vocabulary
 from maha_megatron.config.schema import Config
 
@@ -30,7 +35,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters by group, over all ranks and without copies; padding rows of the vocabulary included.
 
     Returns:
-        embedding, attention_projections, attention_operator (gates, utilities, gains, convolutions), mlp, norms,
+        embedding, attention_projections, attention_operator (everything that attention/spec.py names), mlp, norms,
         output (0 when tied).
     """
     model = config.model
@@ -60,10 +65,23 @@ def _operator_parameters(config: Config, kind: str) -> int:
     if kind == "maha" or config.dense.qk_norm:
         count += (n + g) * d
     levels = len(maha_windows(config))
-    if kind == "maha" and levels > 1:
+    return count + (_scale_parameters(config, levels) if kind == "maha" and levels > 1 else 0)
+
+
+def _scale_parameters(config: Config, levels: int) -> int:
+    """Learned values that only several scales have: pyramid, key maps, utilities, coupling, game."""
+    n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
+    maha = config.maha
+    per_summary = {"gated": d + maha.ratio, "conv": d * maha.ratio, "mean": 0, "max": 0}[maha.downsampling]
+    count = (levels - 1) * 2 * g * per_summary
+    if maha.key_map:
+        count += (levels - 1) * g * d * d
+    if maha.aggregation != "mean":
         count += levels * n * (d + 1)
-        if config.maha.downsampling == "gated":
-            count += (levels - 1) * 2 * g * (d + config.maha.ratio)
+    if maha.coupling == "gram":
+        count += n
+    if maha.aggregation == "nash":
+        count += n * levels * (levels - 1) // 2
     return count
 
 
@@ -80,21 +98,28 @@ def attention_flops(config: Config, sequence_tokens: int) -> dict[str, dict[str,
         {"maha": {term: FLOP}, "dense": {term: FLOP}}, both whether or not the model has such layers.
     """
     n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
-    ratio, windows, rows = config.maha.ratio, maha_windows(config), sequence_tokens
-    levels = len(windows)
-    blocks = [scales.complete_blocks(rows, scales.stride(ratio, level)) for level in range(levels)]
+    rows, levels, maha = sequence_tokens, len(maha_windows(config)), config.maha
+    blocks = _blocks(config, rows)
     convolution = CONVOLUTION_FLOPS_PER_CHANNEL * (n + 2 * g) * d * rows
-    children = ratio * sum(blocks[1:])
-    per_child = 4 * d + 1 if config.maha.downsampling == "gated" else d
-    fused = levels > 1
+    children = maha.ratio * sum(blocks[1:])
+    per_child = {"gated": 4 * d + 1, "conv": 2 * d, "mean": d, "max": d}[maha.downsampling]
+    pooled = maha.queries == "pooled"
+    queries = sum(blocks) if pooled else levels * rows
+    fused = rows * n if levels > 1 else 0
+    utility = 0 if maha.aggregation == "mean" else levels * (2 * d + 1 + maha.lse_utility)
+    solver = solver_flops(levels, aggregation=maha.aggregation, regularizer=maha.regularizer, coupling=maha.coupling)
     return {
         "maha": {
-            "scores_and_values": 4 * d * n * sum(scales.visible_pairs(rows, ratio, windows)),
-            "rope": ROPE_FLOPS_PER_ELEMENT * d * (n * levels * rows + g * sum(blocks)),
-            "convolution": convolution if config.maha.convolution else 0,
+            "scores_and_values": 4 * d * n * _maha_pairs(config, rows, scales.visible_pairs),
+            "rope": ROPE_FLOPS_PER_ELEMENT * d * (n * queries + g * sum(blocks)),
+            "convolution": convolution if maha.convolution else 0,
             "pyramid": 2 * g * per_child * children,
-            "utilities": n * levels * rows * (2 * d + 1 + config.maha.lse_utility) if fused else 0,
-            "combination": n * levels * rows * 2 * d if fused else 0,
+            "key_map": 2 * d * d * g * sum(blocks[1:]) if maha.key_map else 0,
+            "pooled_queries": d * n * children if pooled else 0,
+            "utilities": fused * utility,
+            "gram": fused * gram_flops(levels, d) if maha.coupling == "gram" else 0,
+            "solver": fused * solver,
+            "combination": fused * levels * 2 * d,
         },
         "dense": {
             "scores_and_values": 4 * d * n * (rows * (rows + 1) // 2),
@@ -104,23 +129,44 @@ def attention_flops(config: Config, sequence_tokens: int) -> dict[str, dict[str,
     }
 
 
+def _blocks(config: Config, rows: int) -> list[int]:
+    """Complete blocks of each scale in a document of `rows` rows."""
+    strides = [scales.stride(config.maha.ratio, level) for level in range(len(maha_windows(config)))]
+    return [scales.complete_blocks(rows, stride) for stride in strides]
+
+
+def _maha_pairs(config: Config, rows: int, count: Callable[..., list[int]]) -> int:
+    """Pairs of a MAHA layer as `count` (scales.visible_pairs or loaded_pairs) counts them, over all scales.
+
+    Pooled queries pair blocks with blocks: within a scale it is a window over its blocks.
+    """
+    ratio, windows = config.maha.ratio, maha_windows(config)
+    if config.maha.queries == "full":
+        return sum(count(rows, ratio, windows))
+    blocks = _blocks(config, rows)
+    return sum(sum(count(number, ratio, (window,))) for number, window in zip(blocks, windows, strict=True))
+
+
 def attention_savings(config: Config) -> dict[str, Any]:
     """What the model's attention operators save against dense attention in every layer, at data.sequence_tokens.
 
     The dense side has the convolution if the model's MAHA layers have it, so that the saving is attention's alone.
 
     Returns:
-        saved_frac_pairs (visible row-key pairs), saved_frac_loaded (pairs that 64-wide tiles execute, masked lanes
+        saved_frac_pairs (visible query-key pairs), saved_frac_loaded (pairs that 64-wide tiles execute, masked lanes
         included, against the tiles of dense), saved_frac_all_in, and per layer kind the visible and loaded pairs.
     """
-    rows, ratio, windows = config.data.sequence_tokens, config.maha.ratio, maha_windows(config)
+    rows, ratio = config.data.sequence_tokens, config.maha.ratio
     kinds = layer_attention(config)
     operator = {kind: sum(terms.values()) for kind, terms in attention_flops(config, rows).items()}
     peer = attention_flops(config, rows)["dense"]
     if "maha" in kinds:
         peer["convolution"] = attention_flops(config, rows)["maha"]["convolution"]
-    visible = {"maha": sum(scales.visible_pairs(rows, ratio, windows)), "dense": rows * (rows + 1) // 2}
-    loaded = {kind: sum(scales.loaded_pairs(rows, ratio, widths)) for kind, widths in _widths(config).items()}
+    visible = {"maha": _maha_pairs(config, rows, scales.visible_pairs), "dense": rows * (rows + 1) // 2}
+    loaded = {
+        "maha": _maha_pairs(config, rows, scales.loaded_pairs),
+        "dense": sum(scales.loaded_pairs(rows, ratio, (rows,))),  # one scale that sees everything
+    }
 
     def saved(cost: dict[str, float], dense_cost: float) -> float:
         return 1 - sum(cost[kind] for kind in kinds) / (len(kinds) * dense_cost)
@@ -132,11 +178,6 @@ def attention_savings(config: Config) -> dict[str, Any]:
         "visible_pairs": visible,
         "loaded_pairs": loaded,
     }
-
-
-def _widths(config: Config) -> dict[str, tuple[int, ...]]:
-    """Windows by layer kind; dense is one scale that sees everything."""
-    return {"maha": maha_windows(config), "dense": (config.data.sequence_tokens,)}
 
 
 # ------------------------------------------------------------------------------------------------------- whole model

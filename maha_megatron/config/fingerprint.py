@@ -21,8 +21,29 @@ _MODEL_KEYS = (
     "tied_embeddings",
     "rope_base",
 )
-_MAHA_KEYS = ("ratio", "downsampling", "lse_utility", "convolution")
+_MAHA_KEYS = (
+    "ratio",
+    "downsampling",
+    "key_map",
+    "queries",
+    "aggregation",
+    "regularizer",
+    "coupling",
+    "program",
+    "lse_utility",
+    "convolution",
+)
 _DENSE_KEYS = ("qk_norm", "convolution")
+# Keys younger than the first checkpoints, and what every model was before they existed. A model that is still that has
+# the fingerprint it always had, so checkpoints without the key continue.
+_BEFORE_THE_KEY = {
+    "maha.key_map": False,
+    "maha.queries": "full",
+    "maha.aggregation": "convex",
+    "maha.regularizer": "entropy",
+    "maha.coupling": "none",
+    "maha.program": "",
+}
 
 
 def model_description(config: Config) -> dict[str, Any]:
@@ -44,7 +65,11 @@ def model_description(config: Config) -> dict[str, Any]:
 
 def model_fingerprint(config: Config) -> str:
     """SHA-256 of the model's description: equal if and only if weights of one configuration fit and mean the other."""
-    text = json.dumps(model_description(config), sort_keys=True)
+    description = model_description(config)
+    told = {
+        key: value for key, value in description.items() if key not in _BEFORE_THE_KEY or _BEFORE_THE_KEY[key] != value
+    }
+    text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -319,6 +319,25 @@ def sources_are_used(config: Config) -> str | None:
 # ------------------------------------------------------------------------------------------------ keys without effect
 
 
+_SEVERAL_SCALES_ONLY = (
+    "downsampling",
+    "key_map",
+    "queries",
+    "aggregation",
+    "regularizer",
+    "coupling",
+    "program",
+    "lse_utility",
+)
+# aggregation -> what it does not read, and why
+_NOT_READ = {
+    "convex": (("program",), "only maha.aggregation: program runs it"),
+    "nash": (("program",), "only maha.aggregation: program runs it"),
+    "mean": (("regularizer", "coupling", "lse_utility", "program"), "equal weights depend on nothing"),
+    "program": (("regularizer",), "the program states its own"),
+}
+
+
 def attention_keys_have_effect(config: Config) -> str | None:
     """Settings of an attention that no layer uses. maha.backend is exempt: it also chooses that of dense layers."""
     kinds = set(config.model.attention)
@@ -329,13 +348,37 @@ def attention_keys_have_effect(config: Config) -> str | None:
         keys = [field.name for field in dataclasses.fields(Maha) if field.name != "backend"]
         unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), keys)]
     elif len(maha_windows(config)) == 1:
-        unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), ("downsampling", "lse_utility"))]
+        unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), _SEVERAL_SCALES_ONLY)]
         if config.maha.windows:  # without given windows the ratio decides how many scales there are
             unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), ("ratio",))]
     if "dense" not in kinds:
         unused += [f"dense.{key}" for key in _changed(config.dense, type(config.dense)(), ("qk_norm", "convolution"))]
     if unused:
         return f"{', '.join(unused)}: no effect with model.attention = {sorted(kinds)} and these windows; remove"
+    return None
+
+
+def aggregation_keys_have_effect(config: Config) -> str | None:
+    """Settings of fusing the scales that the chosen aggregation does not read."""
+    if not _uses_maha(config) or len(maha_windows(config)) == 1:
+        return None  # said by attention_keys_have_effect
+    aggregation = config.maha.aggregation
+    keys, why = _NOT_READ[aggregation]
+    unused = [f"maha.{key}" for key in _changed(config.maha, Maha(), keys)]
+    if unused:
+        return f"{', '.join(unused)}: no effect with maha.aggregation: {aggregation} ({why}); remove"
+    return None
+
+
+def program_is_named(config: Config) -> str | None:
+    if not _uses_maha(config) or config.maha.aggregation != "program":
+        return None
+    module, _, function = config.maha.program.partition(":")
+    if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        return (
+            f"maha.aggregation: program runs the code that maha.program names, and '{config.maha.program}' is no "
+            "module:function; write for example maha.program: my_module:build"
+        )
     return None
 
 
@@ -376,5 +419,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     validation_share_is_a_share,
     sources_are_used,
     attention_keys_have_effect,
+    aggregation_keys_have_effect,
+    program_is_named,
 )
 TOPOLOGY_RULES: tuple[Callable[[Config, int], str | None], ...] = (ranks_divide_batch,)

@@ -28,6 +28,7 @@ from tests.support.model import (
 CONFIGS = {
     "maha": {"model__attention": ("maha",)},
     "maha_mean_no_lse": {"model__attention": ("maha",), "maha__downsampling": "mean", "maha__lse_utility": False},
+    "maha_conv_key_map": {"model__attention": ("maha",), "maha__downsampling": "conv", "maha__key_map": True},
     # the second rank's share of the vocabulary is nothing but padding
     "hybrid_tied": {"model__tied_embeddings": True, "model__vocabulary": 60},
     "dense": {"model__attention": ("dense",)},

@@ -81,7 +81,7 @@ def leaves(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, tor
     shapes = {name: (rows, heads, case.d) for name, heads in (("q", case.n), ("k", case.g), ("v", case.g))}
     values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name, spec in parameter_specs(case).items():
-        values[name] = spec.start + 0.4 * torch.randn(spec.shape, generator=generator)
+        values[name] = spec.initial() + 0.4 * torch.randn(spec.shape, generator=generator)
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
@@ -145,12 +145,18 @@ def reference(case: Case) -> dict[str, torch.Tensor]:
     return results(case, "naive", torch.float64)
 
 
+def is_nothing(own: float, largest: float) -> bool:
+    """Whether a gradient is exactly 0 (a row that sees one key): the difference of terms as large as others."""
+    return own <= 1e-12 * largest
+
+
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     """Every result differs by at most `tolerance` times the largest reference value (0.1 where that is smaller)."""
     assert found.keys() == expected.keys()
-    errors = {}
+    errors, largest = {}, max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
-        scale = max(value.abs().max().item(), 0.1)
+        own = value.abs().max().item()
+        scale = largest if is_nothing(own, largest) else max(own, 0.1)
         errors[name] = (found[name].double() - value).abs().max().item() / scale
     assert all(error <= tolerance for error in errors.values()), errors
 
@@ -172,8 +178,7 @@ def assert_within_twice_of_plain(case: Case, backend: str, dtype: torch.dtype, d
         error = (found[name].double() - exact).abs().max().item()
         plain_error = (plain[name].double() - exact).abs().max().item()
         own = exact.abs().max().item()
-        # a gradient that is exactly zero (a row that sees one key) is the difference of equal terms as large as others
-        floor = _ERROR_FLOOR[dtype] * (max(own, 0.1) if own > 1e-12 * largest else largest)
+        floor = _ERROR_FLOOR[dtype] * (largest if is_nothing(own, largest) else max(own, 0.1))
         assert error <= max(2 * plain_error, floor), (name, error, plain_error, floor)
 
 

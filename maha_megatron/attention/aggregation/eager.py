@@ -52,7 +52,7 @@ def aggregate(
 
 
 def _scale_weights(q_tnd, outputs_tnld, lse_tnl, parameters, spec):
-    feasible_tnl = lse_tnl > -torch.inf
+    feasible_tnl = lse_tnl != -torch.inf
     if spec.aggregation == "mean":
         return feasible_tnl.to(lse_tnl.dtype) / feasible_tnl.sum(-1, keepdim=True), None
     payoff_tnl = _utilities(q_tnd, parameters, spec, lse_tnl.dtype)

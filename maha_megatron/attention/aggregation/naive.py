@@ -31,7 +31,7 @@ def aggregate(
     `q_tnd` is the query after normalisation and gain, before the rotation. The report is None where no equilibrium is
     sought: mean, a stated program, M = 0.
     """
-    feasible_tnl = lse_tnl > -torch.inf
+    feasible_tnl = lse_tnl != -torch.inf
     report = None
     if spec.aggregation == "mean" or spec.scales == 1:
         weights_tnl = feasible_tnl.to(lse_tnl.dtype) / feasible_tnl.sum(-1, keepdim=True)
@@ -52,7 +52,7 @@ def aggregate(
 
 def programs(q_tnd, out_tnld, lse_tnl, parameters, spec) -> tuple[torch.Tensor, torch.Tensor]:
     """c [t, n, L] and M [t, n, L, L], at least fp32; 0 at infeasible scales."""
-    feasible_tnl = lse_tnl > -torch.inf
+    feasible_tnl = lse_tnl != -torch.inf
     payoff_tnl = torch.einsum("tnd,lnd->tnl", q_tnd, parameters.utility_query) + parameters.utility_bias.T
     if spec.lse_utility:
         payoff_tnl = payoff_tnl + lse_tnl

@@ -1,7 +1,8 @@
-"""The pyramid in plain torch: every level is one gather of children and one gated mean.
+"""The pyramid in plain torch: every level is one gather of children and one weighted sum of them.
 
-Kept for backward is the finer level alone, which scale attention keeps anyway. Each child has one parent, so the
-gradient of the gather is a gather too: nothing is scattered and the result is bitwise reproducible.
+Kept for backward is the finer level alone, which scale attention keeps anyway, and under a key map the pooled keys.
+Each child has one parent, so the gradient of the gather is a gather too: nothing is scattered and the result is bitwise
+reproducible. Arithmetic is in at least fp32.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from maha_megatron.attention.row_blocks import row_blocks
 from maha_megatron.attention.slots import first_slot_of, slots_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.scales import stride
+
+_LEARNED = {"gated": ("gate_query", "gate_bias"), "conv": ("pool_kernel",), "mean": (), "max": ()}
 
 
 def build_pyramid(
@@ -26,11 +29,10 @@ def build_pyramid(
     levels = [kv if past is None else torch.cat((past[0], kv))]
     for scale in range(1, spec.scales):
         family = _family(document_start_t, spec.ratio, scale, 0 if past is None else len(past[scale - 1]))
-        gated = spec.downsampling == "gated"
-        query = parameters.gate_query[scale - 1] if gated else None
-        bias = parameters.gate_bias[scale - 1] if gated else None
-        pooled = _Pool.apply(levels[-1], query, bias, *family)
-        levels.append(pooled if past is None else torch.cat((past[scale], pooled)))
+        learned = [getattr(parameters, name)[scale - 1] for name in _LEARNED[spec.downsampling]]
+        pooled = _Pool.apply(levels[-1], spec.downsampling, *family, *learned)
+        mapped = _MapKeys.apply(pooled, parameters.key_map[scale - 1]) if spec.key_map else pooled
+        levels.append(mapped if past is None else torch.cat((past[scale], mapped)))
     return levels
 
 
@@ -59,51 +61,99 @@ def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -
 
 
 class _Pool(torch.autograd.Function):
-    """Gated mean of the children [slots, r, 2, g, d]; without a gate query, their plain mean."""
+    """Blocks [slots, 2, g, d] from their children; `learned` are the tensors of the scale that _LEARNED names."""
 
     @staticmethod
-    def forward(ctx, finer, query, bias, children, complete, place):
-        ctx.save_for_backward(finer, query, bias, children, complete, place)
+    def forward(ctx, finer, downsampling, children, complete, place, *learned):
+        ctx.save_for_backward(finer, children, complete, place, *learned)
+        ctx.downsampling = downsampling
         pooled = torch.empty(len(children), *finer.shape[1:], dtype=finer.dtype, device=finer.device)
         for start, stop in _blocks(finer, children):
-            members, gates = _gates(finer, query, bias, children[start:stop])
-            pooled[start:stop] = members.mul_(gates[..., None]).sum(1)
+            members = _members(finer, children[start:stop])
+            pooled[start:stop] = members.mul_(_shares(downsampling, members, learned)).sum(1)
         return pooled.mul_(complete[:, None, None, None])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        finer, query, bias, children, complete, place = ctx.saved_tensors
+        finer, children, complete, place, *learned = ctx.saved_tensors
         grad_members = torch.empty(children.numel() + 1, *finer.shape[1:], dtype=finer.dtype, device=finer.device)
         grad_members[-1] = 0
         by_slot = grad_members[:-1].unflatten(0, children.shape)
-        grad_query = grad_bias = 0
+        grad_learned = [0] * len(learned)
         for start, stop in _blocks(finer, children):
-            members, gates = _gates(finer, query, bias, children[start:stop])
+            members = _members(finer, children[start:stop])
             grad_pooled = grad[start:stop, None] * complete[start:stop, None, None, None, None]
-            share = gates[..., None] * grad_pooled
-            if query is not None:
-                grad_gates = (members * grad_pooled).sum(-1)
-                grad_scores = gates * (grad_gates - (gates * grad_gates).sum(1, keepdim=True))
-                share.addcmul_(grad_scores[..., None], query.to(members.dtype))
-                grad_query += members.mul_(grad_scores[..., None]).sum((0, 1))
-                grad_bias += grad_scores.sum(0).movedim(0, -1)
-            by_slot[start:stop] = share
-        grad_finer = grad_members.index_select(0, place)
-        if query is None:
-            return grad_finer, None, None, None, None, None
-        return grad_finer, grad_query.to(query.dtype), grad_bias.to(bias.dtype), None, None, None
+            shares = _shares(ctx.downsampling, members, learned)
+            grad_children, of_learned = shares * grad_pooled, ()
+            if ctx.downsampling == "gated":
+                grad_scores = shares * _centred((members * grad_pooled).sum(-1, keepdim=True), shares)
+                grad_children.addcmul_(grad_scores, learned[0].to(members.dtype))
+                of_learned = members.mul_(grad_scores).sum((0, 1)), grad_scores.sum((0, -1)).movedim(0, -1)
+            elif ctx.downsampling == "conv":
+                of_learned = (members.mul_(grad_pooled).sum(0).movedim(0, -1),)
+            grad_learned = [total + part for total, part in zip(grad_learned, of_learned, strict=True)]
+            by_slot[start:stop] = grad_children
+        grad_learned = [total.to(tensor.dtype) for total, tensor in zip(grad_learned, learned, strict=True)]
+        return grad_members.index_select(0, place), None, None, None, None, *grad_learned
 
 
-def _gates(finer, query, bias, children):
-    """Children [slots, r, 2, g, d] in at least fp32, and their weights [slots, r, 2, g]."""
+def _members(finer: torch.Tensor, children: torch.Tensor) -> torch.Tensor:
+    """Children [slots, r, 2, g, d] in at least fp32."""
     dtype = torch.promote_types(finer.dtype, torch.float32)
-    members = finer.index_select(0, children.flatten()).unflatten(0, children.shape).to(dtype)
-    if query is None:
-        return members, members.new_full(members.shape[:-1], 1 / children.shape[1])
-    scores = (members * query.to(dtype)).sum(-1) + bias.to(dtype).movedim(-1, 0)
-    return members, scores.softmax(1)
+    return finer.index_select(0, children.flatten()).unflatten(0, children.shape).to(dtype)
+
+
+def _shares(downsampling: str, members: torch.Tensor, learned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a block takes of each of its `members` [slots, r, 2, g, d]; broadcasts against them."""
+    ratio = members.shape[1]
+    if downsampling == "mean":
+        return members.new_full((), 1 / ratio)
+    if downsampling == "max":  # max names the first of equal children, which then gets the whole gradient
+        child = torch.arange(ratio, device=members.device).view(-1, 1, 1, 1)
+        return (members.max(1, keepdim=True).indices == child).to(members.dtype)
+    learned = [tensor.to(members.dtype) for tensor in learned]
+    if downsampling == "conv":
+        return learned[0].movedim(-1, 0)
+    assert downsampling == "gated", downsampling
+    query, bias = learned
+    return ((members * query).sum(-1) + bias.movedim(-1, 0)).softmax(1)[..., None]
+
+
+def _centred(grad_gates: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """What a softmax over the children lets through: the gradient less its mean under the gates."""
+    return grad_gates - (gates * grad_gates).sum(1, keepdim=True)
 
 
 def _blocks(finer, children):
     return row_blocks(len(children), children.shape[1] * finer[0].numel(), finer.device)
+
+
+class _MapKeys(torch.autograd.Function):
+    """Levels [slots, 2, g, d] with key_map [g, d, d] @ key in place of their keys; values as they are."""
+
+    @staticmethod
+    def forward(ctx, pooled, key_map):
+        keys = pooled[:, 0].clone()  # the clone lets go of the values
+        ctx.save_for_backward(keys, key_map)
+        return _with_keys(pooled, _by_group(keys, key_map.mT))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        keys, key_map = ctx.saved_tensors
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        grad_map = grad[:, 0].to(dtype).movedim(0, -1) @ keys.to(dtype).transpose(0, 1)
+        return _with_keys(grad, _by_group(grad[:, 0], key_map)), grad_map.to(key_map.dtype)
+
+
+def _by_group(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """rows [slots, g, d] times the matrices [g, d, d] of their group, in at least fp32."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return (rows.to(dtype).transpose(0, 1) @ matrices.to(dtype)).transpose(0, 1)
+
+
+def _with_keys(level: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    replaced = torch.empty_like(level, memory_format=torch.contiguous_format)
+    replaced[:, 0], replaced[:, 1] = keys, level[:, 1]
+    return replaced

@@ -1,1 +1,1 @@
-"""Attention of full-rate queries to the visible blocks of each scale."""
+"""Attention of queries, at full rate or pooled with their scale, to the visible blocks of each scale."""

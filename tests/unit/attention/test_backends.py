@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from maha_megatron.attention import row_blocks
-from maha_megatron.attention.dispatch import backend as backend_named
 from maha_megatron.attention.scale_attention import chunks
-from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
+from maha_megatron.attention.spec import DenseSpec, MahaSpec
 from tests.support.attention import (
     FAST_BACKENDS,
     PACKED,
@@ -16,7 +15,6 @@ from tests.support.attention import (
     leaves,
     reference,
     results,
-    start_rows,
 )
 from tests.support.attention import attend as run
 
@@ -93,25 +91,6 @@ def test_on_a_gpu(case, backend):
     assert_close(results(case, backend, torch.float64, "cuda"), reference(case), 1e-10)
     for dtype in (torch.float32, torch.bfloat16):
         assert_within_twice_of_plain(case, backend, dtype, "cuda")
-
-
-@pytest.mark.parametrize("downsampling", ["gated", "mean"])
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_every_level_of_the_pyramid_equals_the_reference_and_unused_slots_are_zero(backend, downsampling):
-    case = Case(lengths=PACKED, spec=maha(windows=(9, 9, 9, 9), downsampling=downsampling))
-    values = leaves(case, torch.float64)
-    gates = {name: values[name] for name in ("gate_query", "gate_bias") if name in values}
-    arguments = (
-        torch.stack((values["k"], values["v"]), 1),
-        start_rows(PACKED),
-        AttentionParameters(**gates),
-        case.spec,
-    )
-    found = backend_named(backend).build_pyramid(*arguments)
-    expected = backend_named("naive").build_pyramid(*arguments)
-    assert (expected[2] == 0).flatten(1).all(1).any(), "a slot without a complete block is among the cases"
-    for level, reference_level in zip(found, expected, strict=True):
-        torch.testing.assert_close(level, reference_level, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lse_utility", [True, False])

@@ -40,9 +40,19 @@ def forward_and_backward(case: Case, backend: str = "eager") -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("lse_utility", [True, False])
-def test_maha_reads_nothing_back_and_holds_nothing_quadratic(lse_utility):
-    spec = MahaSpec(ratio=4, windows=default_windows(16384), lse_utility=lse_utility)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lse_utility": False},
+        {"downsampling": "conv"},
+        {"downsampling": "max"},
+        {"downsampling": "mean", "key_map": True},
+    ],
+    ids=str,
+)
+def test_maha_reads_nothing_back_and_holds_nothing_quadratic(options):
+    spec = MahaSpec(ratio=4, windows=default_windows(16384), **options)
     watch = forward_and_backward(Case(lengths=(5000, 11384), n=1, g=1, d=16, spec=spec))
     assert not watch.names & READS_BACK
     assert watch.largest <= 2**21, "logits of one chunk, or inputs by their size"
@@ -69,6 +79,26 @@ def test_pieces_read_nothing_back(monkeypatch):
         assert bool(watch.names & READS_BACK) == looked
 
 
+@pytest.mark.parametrize(
+    ("options", "solves"),
+    [
+        ({"regularizer": "quadratic"}, False),
+        ({"aggregation": "mean"}, False),
+        ({"queries": "pooled"}, False),
+        ({"queries": "pooled", "aggregation": "mean"}, False),
+        ({"aggregation": "nash", "coupling": "gram"}, True),
+        ({"regularizer": "quadratic", "coupling": "gram"}, True),
+    ],
+    ids=str,
+)
+def test_other_aggregations_read_back_only_what_a_solver_asks(options, solves):
+    """A solver asks whether programs are left (on a CPU after every step); nothing else asks anything."""
+    spec = MahaSpec(ratio=4, windows=default_windows(16384), **options)
+    watch = forward_and_backward(Case(lengths=(5000, 11384), n=1, g=1, d=16, spec=spec))
+    assert bool(watch.names & READS_BACK) == solves
+    assert watch.largest <= 2**21, "logits of one chunk, or outputs of every scale"
+
+
 def test_dense_reads_nothing_back():
     for lengths in ((64, 64), (30, 70)):
         assert not forward_and_backward(Case(lengths=lengths, spec=DenseSpec())).names & READS_BACK
@@ -79,13 +109,8 @@ def test_the_watch_sees_what_the_reference_does():
     assert watch.names & READS_BACK
 
 
-@pytest.mark.parametrize("convolution", [True, False])
-@pytest.mark.parametrize("lse_utility", [True, False])
-def test_kept_for_backward_is_of_the_size_of_the_inputs(lse_utility, convolution):
-    """q, pyramid (4/3 of keys and values), output, an offset per scale, and what the convolution read: no logits."""
-    rows, n, g, d, scales = 2048, 8, 2, 32, 3
-    spec = MahaSpec(ratio=4, windows=(128, 112, 128), lse_utility=lse_utility, convolution=convolution)
-    case = Case(lengths=(rows,), n=n, g=g, d=d, spec=spec)
+def kept_for_backward(case: Case) -> tuple[torch.Tensor, dict[int, int]]:
+    """The output, and the numbers held for backward by storage."""
     kept = {}
 
     def pack(tensor):
@@ -96,11 +121,42 @@ def test_kept_for_backward_is_of_the_size_of_the_inputs(lse_utility, convolution
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = attend(case, leaves(case, torch.float32), "eager")["out"]
+    return out, kept
+
+
+@pytest.mark.parametrize("convolution", [True, False])
+@pytest.mark.parametrize("options", [{}, {"lse_utility": False}, {"aggregation": "mean"}], ids=str)
+def test_kept_for_backward_is_of_the_size_of_the_inputs(options, convolution):
+    """q, pyramid (4/3 of keys and values), output, an offset per scale, and what the convolution read: no logits."""
+    rows, n, g, d, scales = 2048, 8, 2, 32, 3
+    spec = MahaSpec(ratio=4, windows=(128, 112, 128), convolution=convolution, **options)
+    out, kept = kept_for_backward(Case(lengths=(rows,), n=n, g=g, d=d, spec=spec))
     query, keys_and_values, output, offsets = rows * n * d, rows * 2 * g * d, rows * n * d, rows * n * scales
     raw = query + keys_and_values if convolution else 0
     bound = raw + query + keys_and_values * 4 / 3 + output + offsets
     assert out.untyped_storage().data_ptr() in kept
     assert 0.95 * bound < sum(kept.values()) <= 1.01 * bound
+
+
+@pytest.mark.parametrize(
+    ("options", "small"),
+    [
+        # numbers per row and head: log-sum-exp, mean square, utilities, weights
+        ({"regularizer": "quadratic"}, 5 * 3 + 2),
+        # and M, w and D of every program, the Gram matrix twice
+        ({"aggregation": "nash", "coupling": "gram"}, 5 * 3 + 2 + 3 * 9 + 3 * 3),
+        ({"aggregation": "nash", "regularizer": "quadratic", "coupling": "gram"}, 5 * 3 + 2 + 3 * 9 + 3 * 3),
+    ],
+    ids=str,
+)
+def test_each_scales_output_is_kept_once_where_it_is_needed(options, small):
+    """q, the pyramid, O of every scale, and what is small: independent of the head width."""
+    rows, n, g, d, scales = 2048, 4, 2, 128, 3
+    spec = MahaSpec(ratio=4, windows=(128, 112, 128), convolution=False, **options)
+    _, kept = kept_for_backward(Case(lengths=(rows,), n=n, g=g, d=d, spec=spec))
+    query, keys_and_values, outputs = rows * n * d, rows * 2 * g * d, rows * n * scales * d
+    bound = query + keys_and_values * 4 / 3 + outputs
+    assert bound < sum(kept.values()) <= 1.01 * bound + small * rows * n
 
 
 def test_an_unknown_backend_is_refused_by_name():

@@ -1,12 +1,15 @@
 """Attention on a GPU at widths that fast kernels take: values, bitwise repetition, no waiting for the device."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 
+from maha_megatron.attention.api import maha_attention
 from maha_megatron.attention.dense import eager as dense_eager
-from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
+from maha_megatron.attention.state import MahaState, piece_document_start
 from tests.support.attention import (
     FAST_BACKENDS,
     Case,
@@ -14,6 +17,7 @@ from tests.support.attention import (
     attend,
     documents_of,
     leaves,
+    parameter_specs,
     results,
 )
 from tests.support.gpu import deterministic_algorithms, no_host_synchronisation
@@ -62,6 +66,34 @@ def test_forward_and_backward_never_wait_for_the_device(case, backend, dtype):
     forward_and_backward()  # libraries may wait while they start
     with no_host_synchronisation():
         forward_and_backward()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_pieces_never_wait_for_the_device_and_equal_one_pass(backend):
+    case = LONG_CASES[0]
+    values, starts = leaves(case, torch.float32, "cuda"), documents_of(case, "cuda").start_t
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    sizes = {"streams": 1, "n": case.n, "g": case.g, "d": case.d, "dtype": torch.float32, "device": "cuda"}
+
+    def in_pieces():
+        state, outs = MahaState.initial(case.spec, **sizes, rewind_rows=3), []
+        for first, stop in itertools.pairwise((0, 1000, 1001, 1505, 4096)):
+            inputs = [values[name][first:stop] for name in "qkv"]
+            start_t = piece_document_start(starts, first, stop)
+            result = maha_attention(*inputs, start_t, parameters, case.spec, backend=backend, state=state)
+            state = result.state
+            outs.append(result.out_tnd)
+        state.document_start(5, [(2,)])
+        out = torch.cat(outs)
+        return out, torch.autograd.grad(out, list(values.values()), torch.ones_like(out))
+
+    in_pieces()  # libraries may wait while they start
+    with no_host_synchronisation():
+        out, grads = in_pieces()
+    expected = attend(case, values, backend)["out"]
+    wanted = torch.autograd.grad(expected, list(values.values()), torch.ones_like(expected))
+    for found, reference in zip((out, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-5 * max(1.0, reference.abs().max().item()))
 
 
 def test_the_guard_sees_a_wait():

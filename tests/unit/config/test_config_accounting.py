@@ -1,5 +1,6 @@
 """Parameters and operations against formulae, figures of the definition, and counts made another way."""
 
+import itertools
 import math
 
 import pytest
@@ -41,18 +42,22 @@ def test_tied_and_padded_vocabulary():
         ({"downsampling": "mean"}, {"convolution": False}),
         ({"convolution": False, "ratio": 2}, {"qk_norm": False}),
         ({"windows": [428], "full_reach": False}, {"convolution": False, "qk_norm": False}),
+        ({"downsampling": "conv", "key_map": True}, {}),
+        ({"downsampling": "max", "ratio": 8}, {}),
+        ({"coupling": "gram"}, {}),
+        ({"aggregation": "nash", "regularizer": "quadratic"}, {}),
+        ({"aggregation": "nash", "coupling": "gram", "downsampling": "conv", "ratio": 3}, {}),
+        ({"aggregation": "mean", "key_map": True}, {}),
+        ({"aggregation": "program", "program": "a:b", "coupling": "gram"}, {}),
+        ({"queries": "pooled"}, {}),
     ],
 )
 def test_operator_parameters_are_the_operators(maha, dense):
     """The torch-free count equals the shapes that the attention operator asks for."""
     tree = config(model={"layers": 3, "attention": ["maha", "maha", "dense"]}, maha=maha, dense=dense)
     windows = tuple(maha.get("windows") or scales.default_windows(4096, tree.maha.ratio))
-    spec = MahaSpec(
-        ratio=tree.maha.ratio,
-        windows=windows,
-        downsampling=tree.maha.downsampling,
-        convolution=tree.maha.convolution,
-    )
+    chosen = {key: value for key, value in maha.items() if key not in ("windows", "full_reach", "ratio", "program")}
+    spec = MahaSpec(ratio=tree.maha.ratio, windows=windows, **chosen)
     dense_spec = DenseSpec(qk_norm=tree.dense.qk_norm, convolution=tree.dense.convolution)
     shape = {"n": 12, "g": 4, "d": 64}
     tensors = [*maha_parameter_specs(spec, **shape).values()] * 2 + [
@@ -65,16 +70,28 @@ def test_operator_parameters_are_the_operators(maha, dense):
 # --------------------------------------------------------------------------------------------------------- operations
 
 
-@pytest.mark.parametrize("head_width", [64, 128])
+GAME = {"aggregation": "nash", "coupling": "gram"}
+
+
 @pytest.mark.parametrize(
-    ("windows", "pairs", "all_in"), [([128, 128, 128, 64], 0.818, 0.810), ([128, 112, 124, 64], 0.826, 0.818)]
+    ("windows", "options", "pairs", "all_in"),
+    [
+        ([128, 128, 128, 64], {}, 0.818, {64: 0.810, 128: 0.810}),
+        ([128, 112, 124, 64], {}, 0.826, {64: 0.818, 128: 0.818}),
+        ([128, 128, 128, 64], {"coupling": "gram"}, 0.818, {64: 0.805, 128: 0.806}),
+        ([128, 112, 124, 64], {"coupling": "gram"}, 0.826, {64: 0.812, 128: 0.814}),
+        ([128, 128, 128, 64], GAME, 0.818, {64: 0.805, 128: 0.806}),
+        ([128, 112, 124, 64], GAME, 0.826, {64: 0.812, 128: 0.814}),
+    ],
+    ids=str,
 )
-def test_savings_are_those_of_the_definition(windows, pairs, all_in, head_width):
-    """The table of the all-in accounting: 4,096 tokens, as many KV groups as heads."""
-    shape = {"heads": 12, "kv_groups": 12, "head_width": head_width}
-    savings = accounting.attention_savings(config(model=shape, maha={"windows": windows}))
-    assert round(savings["saved_frac_pairs"], 3) == pairs
-    assert round(savings["saved_frac_all_in"], 3) == all_in
+def test_savings_are_those_of_the_definition(windows, options, pairs, all_in):
+    """The table of the all-in accounting: 4,096 tokens, as many KV groups as heads, 6 Newton steps."""
+    for head_width, expected in all_in.items():
+        shape = {"heads": 12, "kv_groups": 12, "head_width": head_width}
+        savings = accounting.attention_savings(config(model=shape, maha={"windows": windows, **options}))
+        assert round(savings["saved_frac_pairs"], 3) == pairs
+        assert round(savings["saved_frac_all_in"], 3) == expected
 
 
 def test_loaded_tiles_save_less():
@@ -133,14 +150,53 @@ def test_operator_counted_row_by_row():
         "rope": rope,
         "convolution": 8 * (n + 2 * g) * d * rows,
         "pyramid": pyramid,
+        "key_map": 0,
+        "pooled_queries": 0,
         "utilities": utilities,
+        "gram": 0,
+        "solver": 0,
         "combination": combination,
     }
 
 
+def test_every_option_counted_row_by_row():
+    """The same for a kernel, key maps and pooled queries; coupling by walking over pairs of scales."""
+    n, g, d, rows, ratio, windows = 6, 2, 8, 37, 3, (5, 4, 3)
+    tree = config(
+        model={"heads": n, "kv_groups": g, "head_width": d},
+        maha={"ratio": ratio, "windows": list(windows), "queries": "pooled", "downsampling": "conv", "key_map": True}
+        | {"coupling": "gram", "lse_utility": False},
+        data={"sequence_tokens": rows},
+    )
+    pairs = rope = pyramid = key_map = pooled = gram = 0
+    for scale, window in enumerate(windows):
+        for block in range(rows // ratio**scale):
+            pairs += n * min(block + 1, window)
+            rope += 3 * d * (n + g)
+            pyramid += g * 2 * d * ratio * 2 if scale else 0  # keys and values, channels, children, multiply and add
+            key_map += g * d * d * 2 if scale else 0
+            pooled += n * d * ratio if scale else 0
+    for _ in range(rows * n):
+        for _ in itertools.combinations_with_replacement(range(len(windows)), 2):
+            gram += 2 * d + 2  # the product, over the mean, times kappa
+        gram += len(windows)
+    terms = accounting.attention_flops(tree, rows)["maha"]
+    assert terms["scores_and_values"] == 4 * d * pairs
+    assert terms["rope"] == rope
+    assert terms["pyramid"] == pyramid
+    assert terms["key_map"] == key_map
+    assert terms["pooled_queries"] == pooled
+    assert terms["gram"] == gram
+    assert terms["solver"] > 0
+    assert terms["utilities"] == rows * n * 3 * (2 * d + 1)
+    assert terms["combination"] == rows * n * 3 * 2 * d
+    savings = accounting.attention_savings(tree)
+    assert savings["visible_pairs"]["maha"] * n == pairs
+
+
 def test_a_window_has_neither_pyramid_nor_utilities():
     terms = accounting.attention_flops(load_fragments(["model/window"]), 4096)["maha"]
-    assert terms["pyramid"] == terms["utilities"] == terms["combination"] == 0
+    assert [term for term, flops in terms.items() if flops] == ["scores_and_values", "rope", "convolution"]
 
 
 def test_switches_of_the_operator_are_counted():
@@ -149,6 +205,18 @@ def test_switches_of_the_operator_are_counted():
     mean = accounting.attention_flops(config(maha={"downsampling": "mean"}), 4096)["maha"]
     assert base["utilities"] - without_lse["utilities"] == 12 * 4 * 4096
     assert mean["pyramid"] < base["pyramid"] / 4
+    assert accounting.attention_flops(config(maha={"downsampling": "max"}), 4096)["maha"] == mean
+    equal_weights = accounting.attention_flops(config(maha={"aggregation": "mean"}), 4096)["maha"]
+    assert base | {"utilities": 0} == equal_weights
+    program = accounting.attention_flops(config(maha={"aggregation": "program", "program": "a:b"}), 4096)["maha"]
+    assert program == base, "a stated program's solver is not counted"
+
+
+def test_pooled_queries_load_tiles_of_blocks():
+    """A scale whose blocks fit one tile loads one tile of pairs, not a tile per 64 rows."""
+    tree = config(maha={"windows": [64, 64], "queries": "pooled"}, data={"sequence_tokens": 128})
+    # scale 0: two tiles of queries, the second loads two of keys; scale 1: 32 blocks
+    assert accounting.attention_savings(tree)["loaded_pairs"]["maha"] == (1 + 2 + 1) * 64 * 64
 
 
 def test_flops_per_token_are_two_per_weight():

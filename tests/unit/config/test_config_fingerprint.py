@@ -3,7 +3,7 @@
 import pytest
 
 from maha_megatron.config.fingerprint import model_fingerprint, shape_differences
-from maha_megatron.config.load import config_from_dict, config_to_dict
+from maha_megatron.config.load import config_from_dict, config_to_dict, load_fragments
 
 
 def fingerprint(**sections):
@@ -30,11 +30,32 @@ def fingerprint(**sections):
         {"maha": {"lse_utility": False}},
         {"maha": {"convolution": False}},
         {"maha": {"ratio": 8}},
+        {"maha": {"downsampling": "conv"}},
+        {"maha": {"downsampling": "max"}},
+        {"maha": {"key_map": True}},
+        {"maha": {"queries": "pooled"}},
+        {"maha": {"aggregation": "nash"}},
+        {"maha": {"aggregation": "mean"}},
+        {"maha": {"regularizer": "quadratic"}},
+        {"maha": {"coupling": "gram"}},
+        {"maha": {"aggregation": "program", "program": "a:b"}},
         {"data": {"sequence_tokens": 16384}},  # another length has other default windows
     ],
 )
 def test_another_model_has_another_fingerprint(sections):
     assert fingerprint(**sections) != fingerprint()
+
+
+def test_another_program_is_another_model():
+    first, second = (fingerprint(maha={"aggregation": "program", "program": name}) for name in ("a:b", "a:c"))
+    assert first != second
+
+
+def test_a_model_without_the_younger_keys_has_the_fingerprint_it_always_had():
+    """Checkpoints from before those keys hold these, and continue."""
+    assert fingerprint() == "88010b2c2e8289661a379d2e31b89b88928b72a11af18bdfe8c2e2725a882e5f"
+    window = load_fragments(["model/window_hybrid"])
+    assert model_fingerprint(window) == "46c6668e709f0fc2c04b40880a89a6365c3bd045203436f8acbe687b19392206"
 
 
 @pytest.mark.parametrize(
@@ -65,3 +86,11 @@ def test_differences_are_readable_and_only_the_models():
     assert "dense.qk_norm: absent in the checkpoint, True in this run" in lines
     assert not any("train" in line for line in lines)
     assert shape_differences(saved, saved) == []
+    game = config_to_dict(config_from_dict({"maha": {"aggregation": "nash", "coupling": "gram"}}))
+    assert shape_differences(config_to_dict(config_from_dict({})), game) == [
+        "maha.aggregation: convex in the checkpoint, nash in this run",
+        "maha.coupling: none in the checkpoint, gram in this run",
+    ]
+    older = config_to_dict(config_from_dict({}))  # as it was written before the key existed
+    del older["maha"]["coupling"]
+    assert shape_differences(older, config_to_dict(config_from_dict({}))) == []

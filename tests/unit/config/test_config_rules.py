@@ -84,6 +84,40 @@ REFUSED = {
             {"maha": {"windows": [428], "full_reach": False, "downsampling": "mean", "ratio": 2}},
             ["maha.downsampling, maha.ratio", "no effect"],
         ),
+        *(
+            ({"maha": {"windows": [428], "full_reach": False} | options}, [f"maha.{key}", "no effect"])
+            for options in (
+                {"key_map": True},
+                {"queries": "pooled"},
+                {"aggregation": "nash"},
+                {"aggregation": "mean"},
+                {"regularizer": "quadratic"},
+                {"coupling": "gram"},
+                {"program": "a:b"},
+            )
+            for key in options
+        ),
+        ({"model": {"attention": ["dense"]}, "maha": {"key_map": True}}, ["maha.key_map", "no effect"]),
+        ({"model": {"attention": ["dense"]}, "maha": {"aggregation": "nash"}}, ["maha.aggregation", "no effect"]),
+    ],
+    "aggregation_keys_have_effect": [
+        ({"maha": {"program": "a:b"}}, ["maha.program", "aggregation: convex", "only maha.aggregation: program"]),
+        ({"maha": {"aggregation": "nash", "program": "a:b"}}, ["maha.program", "aggregation: nash"]),
+        (
+            {"maha": {"aggregation": "mean", "regularizer": "quadratic", "coupling": "gram", "lse_utility": False}},
+            ["maha.regularizer, maha.coupling, maha.lse_utility", "aggregation: mean"],
+        ),
+        ({"maha": {"aggregation": "mean", "program": "a:b"}}, ["maha.program", "aggregation: mean"]),
+        (
+            {"maha": {"aggregation": "program", "program": "a:b", "regularizer": "quadratic"}},
+            ["maha.regularizer", "states its own"],
+        ),
+    ],
+    "program_is_named": [
+        ({"maha": {"aggregation": "program"}}, ["''", "my_module:build"]),
+        ({"maha": {"aggregation": "program", "program": "my_module"}}, ["'my_module'", "module:function"]),
+        ({"maha": {"aggregation": "program", "program": "a/b.py:build"}}, ["'a/b.py:build'"]),
+        ({"maha": {"aggregation": "program", "program": "a:b:c"}}, ["'a:b:c'"]),
     ],
 }
 
@@ -94,6 +128,13 @@ ACCEPTED = [
     {"maha": {"windows": [4096]}},
     {"maha": {"windows": [3, 3, 256]}},
     {"maha": {"windows": [128, 112, 124, 70]}},
+    {"maha": {"aggregation": "nash", "regularizer": "quadratic", "coupling": "gram", "lse_utility": False}},
+    {"maha": {"aggregation": "nash"}},
+    {"maha": {"regularizer": "quadratic"}},
+    {"maha": {"coupling": "gram"}},
+    {"maha": {"aggregation": "mean", "queries": "pooled", "downsampling": "max", "key_map": True}},
+    {"maha": {"aggregation": "program", "program": "a.b:build", "coupling": "gram", "lse_utility": False}},
+    {"maha": {"windows": [3, 256], "ratio": 4, "downsampling": "conv"}, "data": {"sequence_tokens": 1024}},
     {"data": {"sequence_tokens": 5}},
     {"data": {"sequence_tokens": 1_048_576}},
     {"model": {"attention": ["dense"]}, "maha": {"backend": "naive"}},
@@ -135,6 +176,12 @@ def test_every_rule_is_applied_and_tried():
     ]
     assert {*RULES, *TOPOLOGY_RULES} == set(written)
     assert {rule.__name__ for rule in RULES} == set(REFUSED)
+
+
+def test_what_one_scale_makes_useless_is_said_once():
+    with pytest.raises(ConfigError) as caught:
+        check_config(config_from_dict({"maha": {"windows": [4096], "aggregation": "mean", "coupling": "gram"}}))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_all_broken_rules_are_reported_at_once():

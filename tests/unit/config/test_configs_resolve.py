@@ -1,6 +1,7 @@
 """Every file below configs/ does what its folder promises."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,12 @@ def test_every_file_explains_itself(path):
 def test_window_has_as_many_keys_as_maha():
     window = load_fragments(["model/window"])
     assert sum(window.maha.windows) == sum((128, 112, 124, 64))
+
+
+def test_the_game_is_maha_fused_otherwise():
+    game, maha = load_fragments(["model/maha_nash"]), load_fragments(["model/maha"])
+    assert dataclasses.replace(game.maha, aggregation="convex", coupling="none") == maha.maha
+    assert (game.maha.aggregation, game.maha.coupling, game.model) == ("nash", "gram", maha.model)
 
 
 def test_quickstart_is_small():

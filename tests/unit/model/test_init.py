@@ -28,6 +28,19 @@ def test_norms_and_gains_start_at_one_and_the_operators_inert(parameters):
             assert parameter.std() > 0, name
 
 
+def test_every_option_starts_where_its_definition_says(one_rank):
+    config = tiny_config(maha__downsampling="conv", maha__key_map=True, maha__aggregation="nash", maha__coupling="gram")
+    model = build_gpt(config, device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    initialise_parameters(model, config)
+    parameters = {name.removeprefix("layers.0.attention."): value for name, value in logical_names(model).items()}
+    assert (parameters["pool_kernel"] == 1 / 2).all()  # the mean of two children
+    assert torch.equal(parameters["key_map"], torch.eye(8).expand(2, 4, 8, 8))
+    torch.testing.assert_close(torch.nn.functional.softplus(parameters["coupling_raw"]), torch.full((8,), 0.1))
+    assert (parameters["skew"] == 0).all()
+
+
 def test_padding_rows_are_zero(parameters):
     for name in ("embedding.weight", "output.weight"):
         assert (parameters[name][100:] == 0).all()
@@ -69,3 +82,12 @@ def test_randomising_leaves_no_parameter_at_its_start(parameters):
     """The helper that every equality test leans on."""
     for (name, start), parameter in zip(parameters.items(), random_model(tiny_config()).parameters(), strict=True):
         assert not torch.isclose(parameter, start).any(), name
+
+
+def test_randomising_moves_every_option_too(one_rank):
+    config = tiny_config(maha__downsampling="conv", maha__key_map=True, maha__aggregation="nash", maha__coupling="gram")
+    moved = logical_names(random_model(config))
+    start = build_gpt(config, device="cpu")
+    initialise_parameters(start, config)
+    for name, parameter in logical_names(start).items():
+        assert not torch.isclose(moved[name], parameter).any(), name

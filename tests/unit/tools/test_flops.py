@@ -34,12 +34,53 @@ def report(model, *arguments):
     return json.loads(done.stdout)
 
 
-def test_maha_saves_what_is_claimed():
-    found = report("maha", "--sequence", "4096")
+@pytest.mark.parametrize("head_width", [64, 128])
+@pytest.mark.parametrize("groups", [4, 12])
+def test_maha_saves_what_is_claimed(head_width, groups):
+    shape = ("--set", f"model.head_width={head_width}", "--set", f"model.kv_groups={groups}")
+    found = report("maha", "--sequence", "4096", *shape)
     assert found["saved_frac_all_in"] >= 0.81
+    assert found["windows"] == [128, 112, 124, 64]
     assert round(found["saved_frac_pairs"], 3) == 0.826
     assert round(found["saved_frac_loaded"], 3) == 0.765
     assert found["visible_pairs"]["maha"] == 1_462_828
+
+
+@pytest.mark.parametrize(("head_width", "saved"), [(64, 0.812), (128, 0.814)])
+def test_the_game_saves_a_little_less(head_width, saved):
+    found = report("maha_nash", "--set", "model.kv_groups=12", "--set", f"model.head_width={head_width}")
+    assert round(found["saved_frac_all_in"], 3) == saved
+
+
+@pytest.mark.parametrize(
+    ("options", "terms", "note"),
+    [
+        (["maha.coupling=gram"], ["gram", "solver"], "6 Newton steps"),
+        (["maha.aggregation=nash", "maha.regularizer=quadratic"], ["solver"], "15 supports"),
+        (
+            ["maha.aggregation=nash", "maha.regularizer=quadratic", "data.sequence_tokens=65536"],
+            ["solver"],
+            "8 steps along the path",
+        ),
+        (["maha.regularizer=quadratic"], ["solver"], None),
+        (["maha.key_map=true", "maha.queries=pooled"], ["key_map", "pooled_queries"], None),
+        (["maha.aggregation=program", "maha.program=a:b"], [], "the solver of a:b is not counted"),
+        (["maha.aggregation=mean"], [], None),
+        ([], [], None),
+    ],
+    ids=str,
+)
+def test_terms_of_the_options_are_printed(options, terms, note):
+    settings = [word for option in options for word in ("--set", option)]
+    done = flops("--config", "configs/model/maha.yaml", *settings)
+    assert done.returncode == 0, done.stderr
+    printed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("  maha   ")}
+    optional = {"key_map", "pooled_queries", "gram", "solver"}
+    assert printed & optional == set(terms)
+    assert ("utilities" in printed) == ("maha.aggregation=mean" not in options)
+    notes = report("maha", *settings)["notes"]
+    assert len(notes) == (note is not None)
+    assert all(note in text and text in done.stdout for text in notes)
 
 
 def test_shares_stand_beside_it():
