@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
+from maha_megatron.config import programs
 from maha_megatron.config.load import dump_yaml, load_config
 from maha_megatron.config.rules import check_topology
 from maha_megatron.config.schema import Config
@@ -58,6 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="RANKS",
         help="build without weights; print parameters, memory and FLOPs for RANKS ranks (default: this launch's), stop",
     )
+    parser.add_argument(programs.OPTION, metavar="MODULE:FUNCTION", help=programs.OPTION_HELP)
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # given by deepspeed
     return parser.parse_args(arguments)
 
@@ -77,17 +79,18 @@ def run(options: argparse.Namespace) -> int:
         print(dry_run(config, ranks))
         return 0
     check_topology(config, world_size)
+    programs.allowed_program(config, options.allow_program)  # before anything slow, and before anything is imported
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return _train(config)
+    return _train(config, options.allow_program)
 
 
-def _train(config: Config) -> int:
+def _train(config: Config, allow_program: str | None) -> int:
     if not _has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     from maha_megatron.train.loop import train
 
-    return train(config)
+    return train(config, allow_program=allow_program)
 
 
 def _has_gpu() -> bool:

@@ -30,3 +30,7 @@ class TrainingError(MahaError, RuntimeError):
 
 class EnvironmentMismatch(MahaError, RuntimeError):
     """The machine or an installed package does not offer what the run needs."""
+
+
+class ProgramError(MahaError, RuntimeError):
+    """A stated program over the scales that cannot be used as it is, or has no solution where one is needed."""

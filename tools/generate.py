@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
+from maha_megatron.config import programs
 from maha_megatron.errors import MahaError
 
 EXIT_USER_ERROR = 2
@@ -32,6 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer, if it has moved since the run (default: the run's)")
     parser.add_argument("--output", type=Path, help="also write the text into this file")
+    parser.add_argument(programs.OPTION, metavar="MODULE:FUNCTION", help=programs.OPTION_HELP)
     options = parser.parse_args(arguments)
     if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1 or options.tokens < 1:
         parser.error("needs --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1 and --tokens >= 1")
@@ -45,7 +47,9 @@ def run(options: argparse.Namespace) -> None:
     from maha_megatron.model.generation import Sampling, generate
     from maha_megatron.parallel import compat
 
-    trained = open_trained(find_checkpoint(options.run, options.checkpoint), options.tokenizer)
+    trained = open_trained(
+        find_checkpoint(options.run, options.checkpoint), options.tokenizer, allow_program=options.allow_program
+    )
     config, tokenizer, model = trained.config, trained.tokenizer, trained.model
     prompt = tokenizer.encode(options.prompt) or [tokenizer.end_of_document]
     new = generate(

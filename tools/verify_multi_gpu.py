@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
+from maha_megatron.config import programs
 from maha_megatron.config.load import load_config
 from maha_megatron.errors import MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
@@ -46,12 +47,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/verify_multi_gpu"), help="receives the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="limit of one run (default 600)")
+    parser.add_argument(programs.OPTION, metavar="MODULE:FUNCTION", help=programs.OPTION_HELP)
     return parser.parse_args()
 
 
 def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
     """The runs by title: the pair on one device, then every topology of two."""
     config = load_config(arguments.config, arguments.set)
+    allowed = programs.allowed_program(config, arguments.allow_program)
     micro = config.train.micro_batch_samples
     if micro % 2:
         raise MahaError(f"train.micro_batch_samples is {micro}; set an even number, since the yardstick halves it")
@@ -75,6 +78,7 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
             config=arguments.config,
             settings=common + extra,
             processes=processes,
+            allow_program=allowed,
         )
         for title, (processes, extra) in topologies.items()
         if title not in arguments.without

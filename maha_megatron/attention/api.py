@@ -28,8 +28,8 @@ class MahaOutput:
     """What `maha_attention` returns.
 
     `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for; `solves`
-    where an equilibrium was solved for, None where the weights have a closed form or come from a stated program;
-    `state` for the next piece, where one was given.
+    where a program was solved for them, None where the weights have a closed form; `state` for the next piece, where
+    one was given.
     """
 
     out_tnd: torch.Tensor
@@ -71,6 +71,7 @@ def maha_attention(
     Raises:
         ConfigError: there is no such backend; a state with pooled queries.
         StateError: document_start_t does not go on where the state ends (checked on a CPU).
+        UnsolvedProgram: the stated program has no solution for a row and head, which it names.
 
     Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
 

@@ -31,9 +31,9 @@ _ELEMENTS_AT_ONCE = 2**23
 class LayerReach:
     """One layer on one packed sequence of t rows.
 
-    scale_weights_tnl: [t, n, L]; within_tnf: int64 [t, n, 2], how many rows back from a row, itself included, hold 50 %
-    and 90 % of its mass (SHARES); mass_by_distance_nk: [n, K], mean mass over the rows at distances 0, 1, 2-3, 4-7, ...;
-    solves: what the solver left, None where the weights have a closed form.
+    scale_weights_tnl: [t, n, L]. within_tnf: int64 [t, n, 2], how many rows back from a row, itself included, hold 50 %
+    and 90 % of its mass (SHARES). mass_by_distance_nk: [n, K], mean over the rows of their mass at distances 0, 1, 2-3,
+    4-7, ... solves: what the solver left, None where the weights have a closed form.
     """
 
     scale_weights_tnl: torch.Tensor

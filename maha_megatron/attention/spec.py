@@ -18,8 +18,8 @@ class MahaSpec:
     """The numbers of a MAHA layer; README.md of this folder says what each means.
 
     downsampling "gated", "conv", "mean" or "max"; queries "full" or "pooled"; aggregation "convex", "nash", "mean" or
-    "program"; regularizer "entropy" or "quadratic"; coupling "none" or "gram". `program` is what
-    aggregation/stated_program.py makes of a researcher's program, for aggregation "program" alone.
+    "program"; regularizer "entropy" or "quadratic"; coupling "none" or "gram". `program`, for
+    aggregation "program", is a StatedProgram (aggregation/stated_program.py) or a function that is called like one.
     """
 
     ratio: int

@@ -11,6 +11,7 @@ from maha_megatron.config.schema import Config
 from maha_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from maha_megatron.errors import CheckpointError, ConfigError, DataError
 from maha_megatron.model.gpt import Gpt, build_gpt
+from maha_megatron.model.operators import stated_program
 from maha_megatron.parallel import compat
 
 
@@ -33,12 +34,14 @@ def checkpoint_at(path: Path) -> Path:
     if not layout.checkpoints_folder(path).is_dir():
         raise CheckpointError(
             f"{path} is neither a run's folder nor a checkpoint: it has no {layout.CHECKPOINTS}/ and no "
-            f"{layout.MANIFEST}; give run.folder, or a folder in it such as {layout.CHECKPOINTS}/{layout.step_name(500)}"
+            f"{layout.MANIFEST}; give run.folder, or a folder in it like {layout.CHECKPOINTS}/{layout.step_name(500)}"
         )
     return find_checkpoint(path)
 
 
-def open_trained(checkpoint: Path, tokenizer_path: str | Path | None = None) -> Trained:
+def open_trained(
+    checkpoint: Path, tokenizer_path: str | Path | None = None, *, allow_program: str | None = None
+) -> Trained:
     """Build the model of a checkpoint on this process's device, load its weights, and load its tokenizer.
 
     Starts the process groups of one rank; `compat.shutdown` ends them.
@@ -46,14 +49,16 @@ def open_trained(checkpoint: Path, tokenizer_path: str | Path | None = None) -> 
     Args:
         checkpoint: a checkpoint's folder.
         tokenizer_path: where the tokenizer is now; None: where the run's configuration says.
+        allow_program: what the command line gave as --allow-program.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: no tokenizer is named.
+        ConfigError: no tokenizer is named, or the checkpoint's program is not allowed.
         DataError: the tokenizer is missing, or another than the run was trained with.
     """
     manifest = manifests.read(checkpoint)
     config = config_from_dict(dict(manifest.config))
+    program = stated_program(config, allow_program)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=1, sequence=False))
     path = tokenizer_path or config.data.tokenizer
     if not path:
@@ -72,6 +77,6 @@ def open_trained(checkpoint: Path, tokenizer_path: str | Path | None = None) -> 
     compat.initialise_distributed(config)
     compat.initialise_model_parallel(config)
     compat.seed_everything(config.run.seed)
-    model = build_gpt(config, device=compat.compute_device()).eval()
+    model = build_gpt(config, device=compat.compute_device(), program=program).eval()
     load_weights(checkpoint, model)
     return Trained(checkpoint=checkpoint, config=config, tokenizer=tokenizer, model=model)

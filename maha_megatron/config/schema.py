@@ -123,7 +123,8 @@ class Maha:
     program: str = leaf(
         "",
         owner="attention",
-        help="For aggregation: program, module:function that states it; runs only with --allow-program of that name.",
+        help="For aggregation: program, module:function that states it with cvxpy (see configs/programs); runs only "
+        "with --allow-program of that name, and takes 0.5-1 ms for every row and head of a layer.",
     )
     lse_utility: bool = leaf(
         True,

@@ -1,5 +1,9 @@
 """The language model, assembled from megatron-core's parallel layers and our own loop, norm, attention and loss."""
 
+import functools
+import operator
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
@@ -9,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from maha_megatron.config.derive import layer_attention, padded_vocabulary
+from maha_megatron.config.programs import states_program
 from maha_megatron.config.schema import Config
+from maha_megatron.errors import ConfigError
 from maha_megatron.model.bounds import DocumentBounds
 from maha_megatron.model.layer_specs import layer_spec
 from maha_megatron.model.loss import OutputLayer
@@ -18,6 +24,7 @@ from maha_megatron.model.mcore_config import build_transformer_config
 from maha_megatron.model.names import mark_shards
 from maha_megatron.model.norms import RMSNorm
 from maha_megatron.model.operators import core_attention_spec
+from maha_megatron.model.solve_totals import SolveTotals
 from maha_megatron.parallel import groups
 
 
@@ -28,7 +35,7 @@ class Gpt(nn.Module):
     [t / tensor, 1, h] on each rank and t must be a multiple of the tensor-parallel size.
     """
 
-    def __init__(self, config: Config, mcore_config: TransformerConfig) -> None:
+    def __init__(self, config: Config, mcore_config: TransformerConfig, program: Callable | None = None) -> None:
         super().__init__()
         self.recompute_layers = config.train.recompute == "full"
         self.sequence_parallel = mcore_config.sequence_parallel
@@ -40,9 +47,9 @@ class Gpt(nn.Module):
             config=mcore_config,
             tp_group=groups.tensor_group(),
         )
+        specs = [layer_spec(core_attention_spec(config, kind, program)) for kind in layer_attention(config)]
         self.layers = nn.ModuleList(
-            build_module(layer_spec(core_attention_spec(config, kind)), config=mcore_config, layer_number=number)
-            for number, kind in enumerate(layer_attention(config), start=1)
+            build_module(spec, config=mcore_config, layer_number=number) for number, spec in enumerate(specs, start=1)
         )
         self.final_norm = RMSNorm(mcore_config, config.model.hidden, eps=config.model.norm_epsilon)
         self.output = OutputLayer(
@@ -111,6 +118,16 @@ class Gpt(nn.Module):
                 mean_l /= groups.tensor_size()
         return collected
 
+    def solve_totals(self) -> SolveTotals | None:
+        """Programs of the last forward over all layers, of this rank's heads; None where no layer solves any.
+
+        No host synchronisation; nothing is exchanged between ranks. Ask once per forward: each one replaces the last,
+        and so does the recomputation of activations, with the same.
+        """
+        layers = [attention.solve_totals for attention in self._maha_attentions().values()]
+        solved = [totals for totals in layers if totals is not None]
+        return functools.reduce(operator.add, solved) if solved else None
+
     def _run_layer(self, layer: nn.Module, hidden: torch.Tensor, bounds: DocumentBounds) -> torch.Tensor:
         def run(hidden: torch.Tensor) -> torch.Tensor:
             return layer(hidden, attention_mask=None, packed_seq_params=bounds)[0]
@@ -124,16 +141,22 @@ class Gpt(nn.Module):
         return {index: module for index, module in attentions.items() if isinstance(module, MahaCoreAttention)}
 
 
-def build_gpt(config: Config, *, device: torch.device | str) -> Gpt:
+def build_gpt(config: Config, *, device: torch.device | str, program: Callable | None = None) -> Gpt:
     """Build the model's shard of this rank; its weights are not drawn yet (init.initialise_parameters does that).
 
     Args:
         config: a checked configuration.
         device: where the parameters live; "meta" builds shapes only, for a dry run.
+        program: what operators.stated_program gives for a configuration that states a program; a dry run needs none.
+
+    Raises:
+        ConfigError: the configuration states a program, and it was not given.
 
     The model-parallel groups must exist: compat.initialise_model_parallel, or compat.initialise_dry_run.
     """
+    if states_program(config) and program is None and torch.device(device).type != "meta":
+        raise ConfigError(f"maha.program: {config.maha.program} has to be loaded and given to build_gpt")
     with torch.device(device):
-        model = Gpt(config, build_transformer_config(config))
+        model = Gpt(config, build_transformer_config(config), program)
     mark_shards(model)
     return model

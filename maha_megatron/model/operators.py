@@ -1,24 +1,45 @@
 """Which operator sits in a layer's core_attention slot, and what it needs to know."""
 
+from collections.abc import Callable
+
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from maha_megatron.attention.aggregation.stated_program import load_program
 from maha_megatron.attention.spec import DenseSpec, MahaSpec
 from maha_megatron.config.derive import maha_windows
+from maha_megatron.config.programs import allowed_program
 from maha_megatron.config.schema import Config
 from maha_megatron.model.dense_core_attention import DenseCoreAttention
 from maha_megatron.model.maha_core_attention import MahaCoreAttention
 
 
-def core_attention_spec(config: Config, kind: str) -> ModuleSpec:
-    """The core-attention submodule of a layer of `kind` "maha" or "dense"."""
+def core_attention_spec(config: Config, kind: str, program: Callable | None = None) -> ModuleSpec:
+    """The core-attention submodule of a layer of `kind` "maha" or "dense"; `program` as of `stated_program`."""
     if kind == "maha":
-        return ModuleSpec(module=MahaCoreAttention, params=_params(config, maha_spec(config)))
+        return ModuleSpec(module=MahaCoreAttention, params=_params(config, maha_spec(config, program)))
     assert kind == "dense", kind
     return ModuleSpec(module=DenseCoreAttention, params=_params(config, dense_spec(config)))
 
 
-def maha_spec(config: Config) -> MahaSpec:
-    """The numbers of a MAHA layer."""
+def stated_program(config: Config, allowed: str | None) -> Callable | None:
+    """The program that a configuration with maha.aggregation: program names, imported and tried; else None.
+
+    Args:
+        config: of a file or of a checkpoint.
+        allowed: what the command line gave as --allow-program.
+
+    Raises:
+        ConfigError: the command line does not allow exactly this program; nothing was imported.
+        ProgramError: it cannot be imported or used.
+    """
+    name = allowed_program(config, allowed)
+    if name is None:
+        return None
+    return load_program(name, scales=len(maha_windows(config)), coupling=config.maha.coupling)
+
+
+def maha_spec(config: Config, program: Callable | None = None) -> MahaSpec:
+    """The numbers of a MAHA layer, and the program that `stated_program` loaded where a forward pass needs one."""
     return MahaSpec(
         ratio=config.maha.ratio,
         windows=maha_windows(config),
@@ -28,6 +49,7 @@ def maha_spec(config: Config) -> MahaSpec:
         aggregation=config.maha.aggregation,
         regularizer=config.maha.regularizer,
         coupling=config.maha.coupling,
+        program=program,
         lse_utility=config.maha.lse_utility,
         convolution=config.maha.convolution,
         rope_base=config.model.rope_base,

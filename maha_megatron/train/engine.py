@@ -15,7 +15,7 @@ weight; `was_step_applied` tells. Without ZeRO there is neither such a check nor
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from maha_megatron.model.bounds import document_bounds
 from maha_megatron.model.gpt import build_gpt
 from maha_megatron.model.init import initialise_parameters
 from maha_megatron.model.names import full_shape, logical_names, merge_shards
+from maha_megatron.model.solve_totals import SolveCounts, SolveTotals
 from maha_megatron.parallel import compat, groups
 from maha_megatron.parallel.gradients import sum_partial_gradients
 from maha_megatron.parallel.mpu import Mpu
@@ -65,6 +66,7 @@ class Engine:
     def __init__(self, config: Config, inner: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self._config, self._inner, self._device = config, inner, device
         self._parameters = logical_names(inner.module)
+        self._solves: SolveTotals | None = None  # of all forward passes since `take_solves`
         # each micro-batch's loss is multiplied by this / count: see above
         self._averaged = accumulation_steps(config, dist.get_world_size()) * groups.data_size()
 
@@ -169,7 +171,19 @@ class Engine:
             return tensor.to(self._device, non_blocking=True)
 
         bounds = document_bounds(batch.document_start_t, self._device)
-        return self._inner(moved(batch.input_ids_t), moved(batch.labels_t), moved(batch.loss_mask_t), bounds=bounds)
+        loss_sum = self._inner(moved(batch.input_ids_t), moved(batch.labels_t), moved(batch.loss_mask_t), bounds=bounds)
+        totals = self._inner.module.solve_totals()  # before backward, which may run the layers again
+        if totals is not None:
+            self._solves = totals if self._solves is None else self._solves + totals
+        return loss_sum
+
+    def take_solves(self) -> SolveCounts | None:
+        """How well the programs of the scales' weights were solved in all forward passes since the last call.
+
+        Validation is counted too. None where no layer solves any: their weights are a formula.
+        """
+        totals, self._solves = self._solves, None
+        return None if totals is None else totals.over_all_ranks()
 
     def _where(self, batches: Sequence[MicroBatch]) -> str:
         """Which of this rank's micro-batches have a loss that is not finite; for an error's text."""
@@ -270,11 +284,12 @@ class Engine:
         self._inner.destroy()
 
 
-def build_engine(config: Config) -> Engine:
+def build_engine(config: Config, program: Callable | None = None) -> Engine:
     """Model, optimizer and DeepSpeed engine of this rank. The process groups must be up (parallel/compat).
 
     Args:
         config: a configuration that passed check_config and check_topology.
+        program: what operators.stated_program gives for it.
     """
     device = compat.compute_device()
     settings = deepspeed_config(config, dist.get_world_size())
@@ -286,7 +301,7 @@ def build_engine(config: Config) -> Engine:
             data_parallel_group=groups.data_group(), config_dict_or_path=settings, mpu=Mpu()
         )
     with construction:
-        model = build_gpt(config, device=device)
+        model = build_gpt(config, device=device, program=program)
     initialise_parameters(model, config, gather=_gathered_for_writing)
     sum_partial_gradients(model)
     optimizer = build_optimizer(config.optimizer, logical_names(model))

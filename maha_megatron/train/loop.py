@@ -11,16 +11,18 @@ from maha_megatron.parallel import compat, groups
 from maha_megatron.train.engine import build_engine
 from maha_megatron.train.guards import EXIT_DONE, EXIT_INTERRUPTED, StepPlace, StopSignal, make_deterministic
 from maha_megatron.train.output import RunOutput
+from maha_megatron.train.program import program_on_every_rank
 from maha_megatron.train.record import versions
 from maha_megatron.train.schedule import learning_rate
 from maha_megatron.train.state import save, start_or_resume
 
 
-def train(config: Config) -> int:
+def train(config: Config, *, allow_program: str | None = None) -> int:
     """Train from the newest checkpoint, or from the start, to train.steps. Collective over all ranks.
 
     Args:
         config: a configuration that passed check_config and check_topology.
+        allow_program: the module:function that maha.program may name, as the command line gave it.
 
     Returns:
         The process's exit code: EXIT_DONE, or EXIT_INTERRUPTED after a signal, saved.
@@ -35,11 +37,12 @@ def train(config: Config) -> int:
     compat.initialise_distributed(config)
     compat.initialise_model_parallel(config)
     compat.seed_everything(config.run.seed)
+    program = program_on_every_rank(config, allow_program)
     ranks = {"data_parallel_rank": groups.data_rank(), "data_parallel_size": groups.data_size()}
     training_data = build_loader(config, **ranks)
     validation_data = build_loader(config, **ranks, split="validation")
     check_shared(config.run.folder)
-    engine = build_engine(config)
+    engine = build_engine(config, program)
     state, last = start_or_resume(engine, config, training_data.identity), config.train.steps
     with RunOutput(config, state, made_with, rank=dist.get_rank(), devices=dist.get_world_size()) as output:
         output.started(engine, state, training_data.tokens_per_epoch)
@@ -57,7 +60,8 @@ def train(config: Config) -> int:
             state = state.after_step(config.train.global_batch_samples)
             if due(step, config.train.validation_interval_steps, last):
                 validation = engine.evaluate(validation_data.validation_batches())
-            output.stepped(step, result, step_s, logged=logged, validation=validation)
+            solves = engine.take_solves() if logged or validation is not None else None
+            output.stepped(step, result, step_s, logged=logged, validation=validation, solves=solves)
             stopping = engine.any_rank(signal.requested)  # all ranks stop after the same step
             if due(step, config.checkpoint.interval_steps, last) or stopping:
                 output.saved(save(engine, config, state, data=training_data.identity, versions=made_with))

@@ -10,7 +10,13 @@
 | mfu_frac | tflops_per_device / the device's stated peak; absent where no peak is known |
 | memory_bytes | peak of rank 0: allocated on the GPU, resident set on a CPU |
 | scale_weight/layer_03/scale_1 | mean weight that rows and heads of that layer give the scale |
+| missed_solves | programs of the scales' weights (one a row, head and layer) that missed the solver's tolerance |
+| solver_steps_mean | linear systems solved for such a program; absent for stated ones |
+| solver_residual_max | largest relative residual of such a program's optimality conditions |
 | validation_loss_nats, validation_bits_per_byte | over the fixed validation samples |
+
+The three of solvers cover all ranks' forward passes since the last row, validation included; they are absent where no
+layer needs a solver.
 """
 
 import json

@@ -12,6 +12,7 @@ from maha_megatron.config.accounting import total_parameters, training_flops_per
 from maha_megatron.config.schema import Config
 from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.errors import TrainingError
+from maha_megatron.model.solve_totals import SolveCounts
 from maha_megatron.train.engine import Engine, StepResult
 from maha_megatron.train.metrics import METRICS, MetricsLog, Throughput, peak_memory_bytes, peak_tflops, read_rows
 from maha_megatron.train.record import write_record
@@ -61,8 +62,20 @@ class RunOutput:
             f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"
         )
 
-    def stepped(self, step: int, result: StepResult, step_s: float, *, logged: bool, validation: float | None) -> None:
-        """After a step: progress, and a row of metrics if it is a logged or a validated one."""
+    def stepped(
+        self,
+        step: int,
+        result: StepResult,
+        step_s: float,
+        *,
+        logged: bool,
+        validation: float | None,
+        solves: SolveCounts | None = None,
+    ) -> None:
+        """After a step: progress, and a row of metrics if it is a logged or a validated one.
+
+        `solves` are the programs solved since they were last given.
+        """
         if not self._first:
             return
         self._throughput.add(step_s, self._step_tokens)
@@ -72,9 +85,16 @@ class RunOutput:
             row["validation_loss_nats"] = validation
             if self._data:
                 row["validation_bits_per_byte"] = validation / math.log(2) / _mean(self._data, "bytes_per_token")
+        if solves is not None:
+            row |= _solve_metrics(solves)
         if row:
             _writing(lambda: self._log.write(step, row))
             self._console.row(step, row)
+        if solves is not None and solves.missed:
+            self._console.say(
+                f"warning: {solves.missed} of {format_count(solves.programs)} programs for the scales' weights missed "
+                f"the solver's tolerance (largest relative residual {solves.residual_max:.1e}): their weights are off"
+            )
 
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint is complete."""
@@ -143,6 +163,13 @@ def _writing(action: Any) -> Any:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"the run's folder cannot be written ({error.filename or METRICS}): {reason}") from error
+
+
+def _solve_metrics(solves: SolveCounts) -> dict[str, float]:
+    row: dict[str, float] = {"missed_solves": solves.missed, "solver_residual_max": solves.residual_max}
+    if solves.steps_mean is not None:
+        row["solver_steps_mean"] = solves.steps_mean
+    return row
 
 
 def _described(config: Config) -> list[tuple[float, Manifest]]:

@@ -33,12 +33,14 @@ class Trial:
         config: what `--config` gets.
         settings: `a.b=c` overrides, applied after `run.folder` and `run.name`.
         processes: ranks to start on this machine.
+        allow_program: what `--allow-program` gets, for a configuration that states a program.
     """
 
     name: str
     config: Path
     settings: tuple[str, ...] = ()
     processes: int = 1
+    allow_program: str | None = None
 
 
 def run_trial(
@@ -70,6 +72,7 @@ def run_trial(
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trial.processes)]
     command += [str(script), "--config", str(trial.config)]
     command += [part for setting in settings for part in ("--set", setting)]
+    command += ["--allow-program", trial.allow_program] if trial.allow_program else []
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
     log = run_folder / CONSOLE_LOG
     with open(log, "w", encoding="utf-8") as stream:

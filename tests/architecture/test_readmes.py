@@ -13,7 +13,7 @@ def present(folder: Path) -> set[str]:
     match folder.name:
         case "configs":
             parts = {f"{path.name}/" for path in folder.iterdir() if path.is_dir()}
-            return parts | {path.stem for path in folder.glob("*/*.yaml")}
+            return parts | {path.stem for path in folder.glob("*/[!_]*.*") if path.suffix in (".yaml", ".py")}
         case "tools":
             return {path.name for path in folder.glob("*.py")}
         case _:

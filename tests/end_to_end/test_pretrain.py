@@ -128,9 +128,9 @@ def test_a_signal_while_starting_saves_nothing_and_a_second_ctrl_c_ends_at_once(
     script = (
         "import os, runpy, signal, sys; from maha_megatron.train import loop\n"
         "build = loop.build_engine\n"
-        "def interrupted(config):\n"
+        "def interrupted(config, program):\n"
         "    for _ in range(int(sys.argv.pop())): os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return build(config)\n"
+        "    return build(config, program)\n"
         "loop.build_engine = interrupted\n"
         f"m = runpy.run_path({str(ROOT / 'launch/pretrain.py')!r})\n"
         f"sys.exit(m['main'](['--config', {str(config)!r}]))\n"

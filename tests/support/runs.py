@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ checkpoint: {{interval_steps: 5}}
     return path
 
 
+def import_path() -> str:
+    """This tree first, then what PYTHONPATH names already."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def launcher(kind: str, ranks: int = 1) -> list[str]:
     """The words before the script."""
     bin_folder = Path(sys.executable).parent
@@ -70,12 +75,15 @@ def launcher(kind: str, ranks: int = 1) -> list[str]:
 
 
 @contextmanager
-def started(config: Path, *overrides: str, kind: str = "python", ranks: int = 1) -> Iterator[subprocess.Popen]:
+def started(
+    config: Path, *overrides: str, kind: str = "python", ranks: int = 1, extra: Sequence[str] = ()
+) -> Iterator[subprocess.Popen]:
     """Pretraining that is running; whatever of it still runs at the end is killed."""
     words = [*launcher(kind, ranks), str(ROOT / "launch/pretrain.py"), "--config", str(config)]
     for override in overrides:
         words += ["--set", override]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words += extra
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
@@ -137,7 +145,7 @@ def tool(script: str, *arguments: object, expected: int = 0) -> str:
     """Run one of the project's command lines; its output."""
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from maha_megatron.attention.aggregation.solvers import SolveReport, gram_factor, gram_matrix, skew_matrix, solve
+from maha_megatron.attention.aggregation.stated_program import solve_rows
 from maha_megatron.attention.aggregation.uncoupled import uncoupled_weights
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
@@ -44,7 +45,10 @@ def aggregate(
 
     Returns:
         Output [t, n, d] in q's dtype, weights [t, n, L] in that of the outputs, and the solver's report, None where the
-        weights have a closed form or come from a stated program.
+        weights have a closed form.
+
+    Raises:
+        UnsolvedProgram: a stated program has no solution for some row and head.
     """
     weights_tnl, report = _scale_weights(q_tnd, outputs_tnld, lse_tnl, parameters, spec)
     out_tnd = (weights_tnl[:, :, None] @ outputs_tnld).squeeze(2)
@@ -63,10 +67,9 @@ def _scale_weights(q_tnd, outputs_tnld, lse_tnl, parameters, spec):
         kappa = F.softplus(parameters.coupling_raw.to(lse_tnl.dtype))
         matrix = kappa[:, None, None] * gram_matrix(outputs_tnld, feasible_tnl)
     if spec.aggregation == "program":
-        factor = None if matrix is None else gram_factor(matrix).flatten(0, 1)
-        payoff_pl = payoff_tnl.masked_fill(~feasible_tnl, 0.0).flatten(0, 1)
-        weights_pl = spec.program(payoff_pl, factor, feasible_tnl.flatten(0, 1))
-        return weights_pl.to(lse_tnl.dtype).view_as(lse_tnl), None
+        factor = None if matrix is None else gram_factor(matrix)
+        weights_tnl, report = solve_rows(spec.program, payoff_tnl, factor, feasible_tnl)
+        return weights_tnl.to(lse_tnl.dtype), report
     if spec.aggregation == "nash":
         game = skew_matrix(parameters.skew.to(lse_tnl.dtype))
         matrix = game if matrix is None else matrix + game

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from maha_megatron.attention.aggregation.solvers import SolveReport, gram_factor
+from maha_megatron.attention.aggregation.stated_program import solve_rows
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
 _SOLVED = 1e-12
@@ -28,8 +29,8 @@ def aggregate(
 ) -> tuple[torch.Tensor, torch.Tensor, SolveReport | None]:
     """Fused output [t, n, d], weights [t, n, L] and the solver's report; an infeasible scale (LSE -inf) weighs 0.
 
-    `q_tnd` is the query after normalisation and gain, before the rotation. The report is None where no equilibrium is
-    sought: mean, a stated program, M = 0.
+    `q_tnd` is the query after normalisation and gain, before the rotation. The report is None where nothing is sought:
+    mean, M = 0.
     """
     feasible_tnl = lse_tnl != -torch.inf
     report = None
@@ -37,10 +38,11 @@ def aggregate(
         weights_tnl = feasible_tnl.to(lse_tnl.dtype) / feasible_tnl.sum(-1, keepdim=True)
     else:
         payoff_tnl, matrix_tnll = programs(q_tnd, out_tnld, lse_tnl, parameters, spec)
-        flat = (matrix_tnll.flatten(0, 1), payoff_tnl.flatten(0, 1), feasible_tnl.flatten(0, 1))
         if spec.aggregation == "program":
-            weights_pl = spec.program(flat[1], gram_factor(flat[0]) if spec.coupling == "gram" else None, flat[2])
+            factor = gram_factor(matrix_tnll) if spec.coupling == "gram" else None
+            weights_pl, report = solve_rows(spec.program, payoff_tnl, factor, feasible_tnl)
         else:
+            flat = (matrix_tnll.flatten(0, 1), payoff_tnl.flatten(0, 1), feasible_tnl.flatten(0, 1))
             weights_pl, residual_p = equilibrium(*flat, spec.regularizer)
             if spec.aggregation == "nash" or spec.coupling == "gram":
                 missed = (~(residual_p <= _MISSED[payoff_tnl.dtype])).sum()

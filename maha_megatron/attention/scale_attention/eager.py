@@ -33,7 +33,7 @@ def attend(
     `past_slots`: how many slots of each level lie in front of slot 0, at most its window; none where it is not given.
 
     Raises:
-        MahaError: whatever the spec's program raises.
+        UnsolvedProgram: the stated program has no solution for a row and head.
     """
     document_start_t = document_start_t.long()
     past_slots = tuple(past_slots or (0,) * spec.scales)

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from maha_megatron.config.schema import Config
+from maha_megatron.model.solve_totals import SolveCounts
 from maha_megatron.train import output as output_module
+from maha_megatron.train.engine import StepResult
+from maha_megatron.train.metrics import METRICS, read_rows
 from maha_megatron.train.output import RunOutput
 from maha_megatron.train.report import SUMMARY
 from maha_megatron.train.state import RunState
@@ -67,3 +70,37 @@ def test_tokens_are_those_that_were_used(tmp_path: Path, monkeypatch: pytest.Mon
     summary: Mapping[str, float] = json.loads((tmp_path / SUMMARY).read_text())
     assert summary["tokens"] == 48 * settings.data.sequence_tokens
     assert summary["nats_below_unigram_entropy"] == 1.5
+
+
+def stepped(settings: Config, solves: SolveCounts | None, capsys: pytest.CaptureFixture[str]) -> tuple[dict, str]:
+    """The row and the console of a logged step."""
+    with opened(settings, RunState()) as output:
+        result = StepResult(loss_nats=2.0, gradient_norm=0.5, learning_rate=1e-3)
+        output.stepped(1, result, 0.1, logged=True, validation=None, solves=solves)
+    (row,) = read_rows(Path(settings.run.folder) / METRICS)
+    return row, capsys.readouterr().out
+
+
+def test_missed_solves_are_shown_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = SolveCounts(programs=4096, missed=3, steps_mean=4.5, residual_max=2e-4)
+    row, text = stepped(config(tmp_path), counts, capsys)
+    assert row["missed_solves"] == 3
+    assert row["solver_steps_mean"] == 4.5
+    assert row["solver_residual_max"] == 2e-4
+    (line,) = [line for line in text.splitlines() if "warning" in line]
+    assert line.startswith("warning: 3 of 4.096 k programs for the scales' weights missed the solver's tolerance")
+    assert "2.0e-04" in line
+
+
+def test_solves_without_a_miss_are_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = SolveCounts(programs=4096, missed=0, steps_mean=None, residual_max=2e-8)
+    row, text = stepped(config(tmp_path), counts, capsys)
+    assert row["missed_solves"] == 0
+    assert "solver_steps_mean" not in row
+    assert "warning" not in text
+
+
+def test_without_a_solver_no_row_speaks_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, _ = stepped(config(tmp_path), None, capsys)
+    assert "loss_nats" in row
+    assert not [name for name in row if "solve" in name]

@@ -1,5 +1,6 @@
 """Trials: what they run, what they leave behind, and that nothing of them runs on."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv if "=" in word)
 folder = Path(words["run.folder"])
 (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss_nats": float(words["loss"])}) + "\\n")
+(folder / "words").write_text(" ".join(sys.argv[1:]))
 (folder / "device").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 if "child" in words:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
@@ -44,6 +46,14 @@ def test_a_trial_gives_its_rows_and_can_be_run_again(script: Path, tmp_path: Pat
         assert not (tmp_path / "runs/a/left").exists()
         (tmp_path / "runs/a/left").write_text("of the trial before")
     assert (tmp_path / "runs/a/console.log").read_text() == "said by a\n"
+
+
+def test_a_program_is_allowed_only_where_the_trial_says_so(script: Path, tmp_path: Path) -> None:
+    for allowed in (None, "mine:build"):
+        run_trial(dataclasses.replace(trial("a"), allow_program=allowed), tmp_path / "runs", script, timeout_s=20)
+        words = (tmp_path / "runs/a/words").read_text()
+        assert words.endswith("--allow-program mine:build") == bool(allowed)
+        assert ("--allow-program" in words) == bool(allowed)
 
 
 def test_a_folder_that_is_no_trials_is_never_removed(script: Path, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Attention whose weights come from a stated program: equal to the exact solvers in every backend, and its errors."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from maha_megatron.attention.aggregation.stated_program import StatedProgram, UnsolvedProgram
+from maha_megatron.attention.api import maha_attention
+from maha_megatron.attention.dispatch import BACKEND_NAMES
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from tests.support.attention import Case, attend, leaves, parameter_specs, start_rows
+from tests.support.stated_programs import bounded_above, stated
+
+LENGTHS = (40, 1, 23)  # 64 tokens; scale 2 has 16 rows a block
+WINDOWS = (8, 6, 4)
+
+
+def case(regularizer: str, coupling: str, aggregation: str, **changes) -> Case:
+    spec = MahaSpec(
+        ratio=4, windows=WINDOWS, regularizer=regularizer, coupling=coupling, aggregation=aggregation, **changes
+    )
+    return Case(lengths=LENGTHS, spec=spec, n=4, g=2, d=8)
+
+
+def with_program(regularizer: str, coupling: str, **changes) -> Case:
+    coupled = coupling == "gram"
+    program = StatedProgram(
+        lambda m: stated(m, regularizer, coupled=coupled), scales=len(WINDOWS), coupled=coupled, name="stated"
+    )
+    return case(regularizer, coupling, "program", program=program, **changes)
+
+
+def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
+    """Output, weights and the gradient of every leaf, fp64."""
+    values = leaves(case, torch.float64)
+    found = attend(case, values, backend)
+    direction = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(found["out"], list(values.values()), direction)
+    return found | {f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)}
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("coupling", ["none", "gram"])
+@pytest.mark.parametrize("regularizer", ["entropy", "quadratic"])
+def test_a_program_equals_the_exact_solver_at_64_tokens(regularizer, coupling, backend):
+    stated_case, exact_case = with_program(regularizer, coupling), case(regularizer, coupling, "convex")
+    assert parameter_specs(stated_case) == parameter_specs(exact_case)
+    found, exact = results(stated_case, backend), results(exact_case, backend)
+    for name, value in exact.items():
+        tolerance = 1e-5 if name.startswith("grad") else 1e-6
+        assert (found[name] - value).abs().max() <= tolerance * value.abs().max().clamp_min(0.1), name
+    assert (found["weights"].sum(-1) - 1).abs().max() <= 1e-6
+    assert ((found["weights"] == 0) == (exact["weights"] == 0)).all() or regularizer == "quadratic"
+    assert exact["grad of utility_bias"].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_the_report_counts_every_row_and_head(backend, monkeypatch):
+    stated_case = with_program("entropy", "none")
+    values = leaves(stated_case, torch.float64)
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(stated_case)})
+    inputs = (values["q"], values["k"], values["v"], start_rows(LENGTHS), parameters, stated_case.spec)
+    report = maha_attention(*inputs, backend=backend).solves
+    assert report.residual_tn.shape == (64, 4)
+    assert report.steps_tn is None
+    assert report.missed == 0
+    monkeypatch.setattr("maha_megatron.attention.aggregation.stated_program.MISSED_ABOVE", -1.0)
+    assert maha_attention(*inputs, backend=backend).solves.missed == 64 * 4
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("row", "head"), [(0, 3), (37, 2)])
+def test_a_row_and_head_without_a_solution_are_named(backend, row, head):
+    """The first utility may be 2 at most; without the log-sum-exp it is <rho, q> + beta, so one query decides."""
+    program = StatedProgram(bounded_above, scales=len(WINDOWS), coupled=False, name="bounded")
+    bounded = case("entropy", "none", "program", lse_utility=False, convolution=False, program=program)
+    values = {name: value.detach().clone() for name, value in leaves(bounded, torch.float64).items()}
+    values["utility_query"].zero_()
+    values["utility_bias"].zero_()
+    assert attend(bounded, values, backend)["out"].shape == (64, 4, 8)
+    values["query_gain"].fill_(1.0)
+    values["q"][:, head] = -values["q"][:, head].abs()
+    values["q"][row, head] *= -1
+    values["utility_query"][0, head] = 1.0
+    with pytest.raises(UnsolvedProgram, match=r"bounded with . feasible scales is infeasible") as caught:
+        attend(bounded, values, backend)
+    assert (caught.value.row, caught.value.head) == (row, head)
+
+
+def test_bf16_solves_in_double():
+    stated_case = with_program("entropy", "gram")
+    values = leaves(stated_case, torch.bfloat16)
+    found = attend(stated_case, values, "eager")
+    exact = attend(dataclasses.replace(stated_case, spec=case("entropy", "gram", "convex").spec), values, "eager")
+    assert found["out"].dtype == torch.bfloat16
+    assert (found["weights"] - exact["weights"]).abs().max() <= 1e-5
