@@ -83,11 +83,12 @@ class Call:
             if shared:
                 new[:, : len(shared)] = old[:, len(held) - len(shared) :]
         level, entries = self.levels[scale], self.real(scale, range(span.start + len(shared), span.stop))
-        first = entries.start - self.past_slots[scale] - span.start
-        inside = slice(first, first + entries.stop - entries.start)
-        turn, into = self.key_rotation(scale, entries), keys[:, inside].transpose(0, 1)
-        normalise_rotate(level[entries, 0], self.key_gain, *turn, self.spec.norm_epsilon, into)
-        values[:, inside].transpose(0, 1).copy_(level[entries, 1])
+        if entries.start < entries.stop:  # a chunk of fewer rows than a block has may bring none
+            first = entries.start - self.past_slots[scale] - span.start
+            inside = slice(first, first + entries.stop - entries.start)
+            turn, into = self.key_rotation(scale, entries), keys[:, inside].transpose(0, 1)
+            normalise_rotate(level[entries, 0], self.key_gain, *turn, self.spec.norm_epsilon, into)
+            values[:, inside].transpose(0, 1).copy_(level[entries, 1])
         self._held[scale] = span, keys, values
         return keys, values
 
