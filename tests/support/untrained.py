@@ -12,6 +12,7 @@ from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.model.gpt import Gpt
 from maha_megatron.model.names import logical_names
 from tests.support.model import random_model
+from tests.support.one_rank import groups_of_one_rank
 
 
 class _Weights:
@@ -33,9 +34,10 @@ class _Weights:
 
 
 def write_untrained_run(config: Config, folder: Path, *, step: int = 3) -> Path:
-    """Write the folder; needs the groups of one rank (one_rank). Returns its checkpoint."""
+    """Write the folder; returns its checkpoint."""
     fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
     manifest = manifests.describe(
         config, step=step, consumed_samples=0, world_size=1, data={"tokenizer": fingerprint}, versions={}
     )
-    return save_checkpoint(_Weights(random_model(config)), folder, manifest, keep=5)
+    with groups_of_one_rank():
+        return save_checkpoint(_Weights(random_model(config)), folder, manifest, keep=5)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.model import tiny_config
-from tests.support.one_rank import one_rank  # noqa: F401 (a fixture)
 from tests.support.runs import ROOT, corpus, tool  # noqa: F401 (corpus: a fixture)
 from tests.support.untrained import write_untrained_run
 
@@ -80,7 +79,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def game(corpus, one_rank, tmp_path_factory):  # noqa: F811
+def game(corpus, tmp_path_factory):  # noqa: F811
     """A hybrid whose MAHA layers play a game, and its folder."""
     folder = tmp_path_factory.mktemp("game")
     config = configuration(corpus, maha__aggregation="nash", maha__coupling="gram", model__layers=4)
@@ -121,7 +120,7 @@ def test_every_picture_has_its_data(game, text, tmp_path):
     assert max(map(max, solver["0"]["residual_tn"])) <= 1e-6
 
 
-def test_a_closed_form_says_so_and_a_step_may_be_named(corpus, one_rank, text, tmp_path):  # noqa: F811
+def test_a_closed_form_says_so_and_a_step_may_be_named(corpus, text, tmp_path):  # noqa: F811
     checkpoint = write_untrained_run(configuration(corpus), tmp_path)
     output = tool(SCRIPT, "--checkpoint", checkpoint, "--text", text, "--tokens", 20)
     assert "solver closed form" in output
@@ -131,7 +130,7 @@ def test_a_closed_form_says_so_and_a_step_may_be_named(corpus, one_rank, text, t
     assert len(read(folder / "summary.json")["tokens"]) == 20
 
 
-def test_nothing_to_look_at(corpus, one_rank, text, tmp_path):  # noqa: F811
+def test_nothing_to_look_at(corpus, text, tmp_path):  # noqa: F811
     write_untrained_run(configuration(corpus, model__attention=("dense",)), tmp_path / "dense")
     output = tool(SCRIPT, "--checkpoint", tmp_path / "dense", "--text", text, expected=2)
     assert "no layer of this model is a MAHA layer" in output
