@@ -61,14 +61,13 @@ class _ScalesAttention(torch.autograd.Function):
             lse = chunk.read(lses)
             offset = torch.where(lse == -torch.inf, 0.0, -lse)
             grad_lse = chunk.read(grad_lses)
-            shares = []
             for scale in scales:
                 rotated = chunk.rotated(scale)
                 p = exp_(chunk.logits(rotated, scale).add_(offset[..., scale, None]))
                 grad = chunk.read(grad_outputs[:, :, scale])
                 delta = (grad * chunk.read(outputs[:, :, scale])).sum(-1, keepdim=True) - grad_lse[..., scale, None]
                 grad_logits = grads.through_values(chunk, scale, p, grad).sub_(delta).mul_(p)
-                shares.append(grads.through_logits(chunk, scale, rotated, grad_logits))
-            grads.add_queries(chunk, shares)
+                grads.through_logits(chunk, scale, rotated, grad_logits)
+            grads.add_queries(chunk)
         grads.finish()
         return grads.q, *grads.learned()[:2], None, None, None, *grads.levels

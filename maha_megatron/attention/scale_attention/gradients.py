@@ -30,7 +30,8 @@ class Gradients:
         self.keys, self.values = ([None] * call.spec.scales for _ in range(2))
 
     def start_chunk(self, chunk: Chunk) -> None:
-        """Move every scale's span to that of `chunk`."""
+        """Move every scale's span to that of `chunk`, and begin the sums over scales for its queries."""
+        self._straight, self._turned = torch.zeros_like(chunk.normal), torch.zeros_like(chunk.normal)
         for scale, band in enumerate(self.call.bands):
             self._move(scale, band.span(chunk.start, chunk.rows))
 
@@ -64,38 +65,29 @@ class Gradients:
 
     def through_values(self, chunk: Chunk, scale: int, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """out = P V of one scale: adds the gradient of V and returns that of P [g, rows, n/g, width of the band]."""
-        grad_tiles = chunk.to_tiles(grad, scale)
-        grad_p = chunk.from_tiles(product(grad_tiles, chunk.tiles(scale)[1].mT))
-        grad_values = product(chunk.to_tiles(p, scale).mT, grad_tiles)
+        grad_tiles = chunk.to_tiles(grad, scale, self.call.fast)
+        grad_values = product(chunk.to_tiles(p, scale, self.call.fast).mT, grad_tiles)
         add_tiles(self.values[scale], grad_values, self.call.bands[scale], chunk.rows)
-        return grad_p
+        del grad_values  # as large as the next product
+        return chunk.from_tiles(product(grad_tiles, chunk.tiles(scale)[1].mT))
 
-    def through_logits(
-        self, chunk: Chunk, scale: int, rotated: torch.Tensor, grad_logits: torch.Tensor
-    ) -> torch.Tensor:
-        """S = Q K' of one scale: adds the gradient of K and returns that of the rotated queries [g, rows, n/g, d]."""
-        tiles = chunk.to_tiles(grad_logits, scale)
-        grad_keys = product(tiles.mT, chunk.to_tiles(rotated, scale))
+    def through_logits(self, chunk: Chunk, scale: int, rotated: torch.Tensor, grad_logits: torch.Tensor) -> None:
+        """S = Q K' of one scale: adds the gradients of K and, through their rotation, of the chunk's queries."""
+        tiles = chunk.to_tiles(grad_logits, scale, self.call.fast)
+        grad_keys = product(tiles.mT, chunk.to_tiles(rotated, scale, self.call.fast))
         add_tiles(self.keys[scale], grad_keys, self.call.bands[scale], chunk.rows)
-        return chunk.from_tiles(product(tiles, chunk.tiles(scale)[0]))
+        grad = chunk.from_tiles(product(tiles, chunk.tiles(scale)[0].to(self.call.fast)))
+        cos, sin = chunk.turns[scale]
+        self._straight.addcmul_(grad, cos)
+        self._turned.addcmul_(grad, sin)
 
     def add_queries(
-        self,
-        chunk: Chunk,
-        rotated: Sequence[torch.Tensor],
-        utility: Sequence[torch.Tensor] = (),
-        weight: Sequence[torch.Tensor] = (),
+        self, chunk: Chunk, utility: Sequence[torch.Tensor] = (), weight: Sequence[torch.Tensor] = ()
     ) -> None:
-        """From every scale: gradients of rotated queries [g, rows, n/g, d] and utilities, weights [g, rows, n/g].
-
-        The last two where the call has rho.
+        """After all scales: writes the queries' gradient. Given where the call has rho: gradients of every scale's
+        utility, and its weight, [g, rows, n/g] each.
         """
-        straight, turned = torch.zeros_like(chunk.normal), torch.zeros_like(chunk.normal)
-        for scale, grad in enumerate(rotated):
-            cos, sin = chunk.turns[scale]
-            straight.addcmul_(grad, cos)
-            turned.addcmul_(grad, sin)
-        grad = straight.sub_(quarter_turn(turned))
+        grad = self._straight.sub_(quarter_turn(self._turned))
         if self.call.rho is not None:
             grad_utility = torch.stack(utility, dim=-1)
             # a change of all utilities alike changes nothing: take out what rounding left in that direction
