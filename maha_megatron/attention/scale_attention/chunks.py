@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from maha_megatron.attention.normalise_rotate import normalise, normalise_rotate, quarter_turn, rotation
-from maha_megatron.attention.scale_attention.bands import Band, gather_tiles, plan_bands, visibility_bias
+from maha_megatron.attention.scale_attention.bands import gather_tiles, plan_bands, visibility_bias
 from maha_megatron.attention.slots import slots_of
 from maha_megatron.attention.spec import MahaSpec
 
@@ -57,47 +57,62 @@ class Call:
         self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
         self.document = F.pad(document_start_t, (0, self.plan.padded_rows - rows), value=rows)
-        self.position = [self._position(scale) for scale in range(spec.scales)]
-        self._held = [(range(0), None, None)] * spec.scales
+        self._position = [self._positions(scale) for scale in range(spec.scales)]
+        self._spans, self._operands = [range(0)] * spec.scales, [(None, None)] * spec.scales
 
-    def _position(self, scale: int) -> torch.Tensor:
-        """fp64 [slots, 1]: position b + (R - 1) / R of block b is that of its last row, over R."""
+    def _positions(self, scale: int) -> torch.Tensor:
+        """fp64 [entries]: position b + (R - 1) / R of block b is that of its last row, over R."""
         band = self.bands[scale]
         slots = slots_of(self.document[: len(self.q)], band.stride_rows, self.past_slots[scale])
-        return (slots.last_row - slots.document).double()[:, None] / band.stride_rows
+        return (slots.last_row - slots.document).double() / band.stride_rows
 
     def real(self, scale: int, span: range) -> slice:
         """The entries of a level that lie in a span of slots; the rest of the span is padding."""
         past, entries = self.past_slots[scale], len(self.levels[scale])
         return slice(min(max(span.start + past, 0), entries), min(max(span.stop + past, 0), entries))
 
-    def key_rotation(self, scale: int, entries: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [entries, 1, d] of these keys."""
-        return rotation(self.position[scale][entries], self.q.shape[-1], self.spec.rope_base, self.dtype)
+    def inside(self, scale: int, span: range, entries: slice) -> slice:
+        """Where entries of a level lie in a span that holds them."""
+        first = entries.start - self.past_slots[scale] - span.start
+        return slice(first, first + entries.stop - entries.start)
 
-    def operands(self, scale: int, span: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (normalised, rotated; for logits) and values (`fast`) of a span of slots: [g, slots, d], padding is 0.
+    def rotation_of(self, entries: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [all entries, 1, d] of keys, those of every scale one after the other."""
+        position = torch.cat([at[here] for at, here in zip(self._position, entries, strict=True)])
+        return rotation(position[:, None], self.q.shape[-1], self.spec.rope_base, self.dtype)
 
-        Spans come in order; what the last one shares with this one is taken from it.
+    def advance(self, start: int, rows: int) -> None:
+        """Make the operands of the spans of a chunk, all scales at once: they are small, and each step costs a call.
+
+        Chunks come in order; what a span shares with the one before it is taken from there.
         """
-        held, *last = self._held[scale]
-        if held == span:
-            return tuple(last)
-        shared = range(max(held.start, span.start), held.stop)
-        shape = (self.groups, len(span), self.q.shape[-1])
-        keys, values = (torch.zeros(shape, dtype=dtype, device=self.q.device) for dtype in (self.operand, self.fast))
-        for old, new in zip(last, (keys, values), strict=True):
-            if shared:
-                new[:, : len(shared)] = old[:, len(held) - len(shared) :]
-        level, entries = self.levels[scale], self.real(scale, range(span.start + len(shared), span.stop))
-        if entries.start < entries.stop:  # a chunk of fewer rows than a block has may bring none
-            first = entries.start - self.past_slots[scale] - span.start
-            inside = slice(first, first + entries.stop - entries.start)
-            turn, into = self.key_rotation(scale, entries), keys[:, inside].transpose(0, 1)
-            normalise_rotate(level[entries, 0], self.key_gain, *turn, self.spec.norm_epsilon, into)
-            values[:, inside].transpose(0, 1).copy_(level[entries, 1])
-        self._held[scale] = span, keys, values
-        return keys, values
+        spans = [band.span(start, rows) for band in self.bands]
+        begin = [held.stop if held else span.start for held, span in zip(self._spans, spans, strict=True)]
+        fresh = [self.real(scale, range(begin[scale], span.stop)) for scale, span in enumerate(spans)]
+        counts = [entries.stop - entries.start for entries in fresh]
+        raw = torch.cat([level[entries, 0] for level, entries in zip(self.levels, fresh, strict=True)])
+        made = torch.empty(raw.shape, dtype=self.operand, device=raw.device)
+        normalise_rotate(raw, self.key_gain, *self.rotation_of(fresh), self.spec.norm_epsilon, made)
+        for scale, keys in enumerate(made.split(counts)):
+            values, inside = self.levels[scale][fresh[scale], 1], self.inside(scale, spans[scale], fresh[scale])
+            moved = []
+            for old, new, dtype in zip(self._operands[scale], (keys, values), (self.operand, self.fast), strict=True):
+                moved.append(self.moved(old, self._spans[scale], spans[scale], dtype))
+                moved[-1][:, inside] = new.transpose(0, 1)
+            self._operands[scale] = tuple(moved)
+        self._spans = spans
+
+    def moved(self, old: torch.Tensor | None, held: range, span: range, dtype: torch.dtype) -> torch.Tensor:
+        """[g, slots of the span, d] with what `old` holds of it, 0 elsewhere."""
+        new = torch.zeros(self.groups, len(span), self.q.shape[-1], dtype=dtype, device=self.q.device)
+        shared = held.stop - max(held.start, span.start)
+        if old is not None and shared:
+            new[:, :shared] = old[:, len(held) - shared :]
+        return new
+
+    def operands(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (normalised, rotated; for logits) and values (`fast`) of the span: [g, slots, d], padding is 0."""
+        return self._operands[scale]
 
 
 class Chunk:
@@ -111,7 +126,8 @@ class Chunk:
         self.gain = call.query_gain.to(call.dtype).unflatten(0, (call.groups, 1, -1))
         self.normal = normalise(self.raw, self.gain, call.spec.norm_epsilon)
         self.turned = quarter_turn(self.normal)
-        self.turns = [self._turn(band) for band in call.bands]
+        self.turns = self._turns()
+        call.advance(start, rows)
         self._held, self._tiles = None, None
         self.utility = self.normal.new_zeros(*self.normal.shape[:-1], 1)
         if call.rho is not None:
@@ -131,12 +147,12 @@ class Chunk:
         target = x[self.start : self.start + self.rows].unflatten(1, (self.call.groups, -1)).transpose(0, 1)
         target.copy_(rows[:, : target.shape[1]])
 
-    def _turn(self, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
-        width = self.raw.shape[-1]
-        position = (self.row - self.document).double() / band.stride_rows
-        cos, sin = rotation(position[:, None], width, self.call.spec.rope_base, self.call.dtype)
-        return cos * width**-0.5, sin * width**-0.5
+    def _turns(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """By scale: cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
+        width, position = self.raw.shape[-1], (self.row - self.document).double()
+        positions = torch.stack([position / band.stride_rows for band in self.call.bands])
+        cos, sin = rotation(positions[..., None], width, self.call.spec.rope_base, self.call.dtype)
+        return list(zip(cos.mul_(width**-0.5), sin.mul_(width**-0.5), strict=True))
 
     def rotated(self, scale: int) -> torch.Tensor:
         """Queries as the logits of one scale read them."""
@@ -155,8 +171,8 @@ class Chunk:
         if self._held != scale:
             band = self.call.bands[scale]
             self._tiles = None  # first, so that two scales' tiles never exist at once
-            operands = self.call.operands(scale, band.span(self.start, self.rows))
-            self._held, self._tiles = scale, tuple(gather_tiles(span, band, self.rows) for span in operands)
+            self._tiles = tuple(gather_tiles(span, band, self.rows) for span in self.call.operands(scale))
+            self._held = scale
         return self._tiles
 
     def to_tiles(self, x: torch.Tensor, scale: int, dtype: torch.dtype) -> torch.Tensor:

@@ -32,36 +32,34 @@ class Gradients:
     def start_chunk(self, chunk: Chunk) -> None:
         """Move every scale's span to that of `chunk`, and begin the sums over scales for its queries."""
         self._straight, self._turned = torch.zeros_like(chunk.normal), torch.zeros_like(chunk.normal)
-        for scale, band in enumerate(self.call.bands):
-            self._move(scale, band.span(chunk.start, chunk.rows))
+        self._move([band.span(chunk.start, chunk.rows) for band in self.call.bands])
 
     def finish(self) -> None:
         """After the last chunk: `levels` and `key_gain` are then whole."""
-        for scale, span in enumerate(self.spans):
-            self._move(scale, range(span.stop, span.stop))
+        self._move([range(span.stop, span.stop) for span in self.spans])
 
-    def _move(self, scale: int, span: range) -> None:
-        held, shape = self.spans[scale], (self.call.groups, len(span), self.q.shape[-1])
-        keys, values = (torch.zeros(shape, dtype=self.call.dtype, device=self.q.device) for _ in range(2))
-        if held:
-            shared = range(max(held.start, span.start), held.stop)
-            for old, new in ((self.keys[scale], keys), (self.values[scale], values)):
-                new[:, : len(shared)] = old[:, len(held) - len(shared) :]
-            self._write(scale, range(held.start, shared.start))
-        self.spans[scale], self.keys[scale], self.values[scale] = span, keys, values
+    def _move(self, spans: list[range]) -> None:
+        if self.keys[0] is not None:
+            self._write([range(held.start, span.start) for held, span in zip(self.spans, spans, strict=True)])
+        for scale, (held, span) in enumerate(zip(self.spans, spans, strict=True)):
+            for grads in (self.keys, self.values):
+                grads[scale] = self.call.moved(grads[scale], held, span, self.call.dtype)
+        self.spans = spans
 
-    def _write(self, scale: int, done: range) -> None:
-        """The held gradients of the first slots, into their level [slots, 2, g, d]."""
-        call, entries = self.call, self.call.real(scale, done)
-        if entries.start == entries.stop:
+    def _write(self, done: list[range]) -> None:
+        """The held gradients of the first slots of every scale, into its level [slots, 2, g, d]."""
+        call = self.call
+        entries = [call.real(scale, slots) for scale, slots in enumerate(done)]
+        if not any(here.stop - here.start for here in entries):
             return
-        first = entries.start - call.past_slots[scale] - done.start
-        inside = slice(first, first + entries.stop - entries.start)
-        grad_keys, grad_values = (x[scale][:, inside].transpose(0, 1) for x in (self.keys, self.values))
-        grad, level = self.levels[scale][entries], call.levels[scale][entries]
-        turn, epsilon = call.key_rotation(scale, entries), call.spec.norm_epsilon
-        self.key_gain += normalise_rotate_backward(grad_keys, level[:, 0], call.key_gain, *turn, epsilon, grad[:, 0])
-        grad[:, 1] = grad_values
+        inside = [call.inside(scale, slots, entries[scale]) for scale, slots in enumerate(done)]
+        grad_keys = torch.cat([keys[:, here] for keys, here in zip(self.keys, inside, strict=True)], dim=1)
+        raw = torch.cat([level[here, 0] for level, here in zip(call.levels, entries, strict=True)])
+        made, turn, epsilon = torch.empty_like(raw), call.rotation_of(entries), call.spec.norm_epsilon
+        self.key_gain += normalise_rotate_backward(grad_keys.transpose(0, 1), raw, call.key_gain, *turn, epsilon, made)
+        for scale, keys in enumerate(made.split([here.stop - here.start for here in entries])):
+            self.levels[scale][entries[scale], 0] = keys
+            self.levels[scale][entries[scale], 1] = self.values[scale][:, inside[scale]].transpose(0, 1)
 
     def through_values(self, chunk: Chunk, scale: int, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """out = P V of one scale: adds the gradient of V and returns that of P [g, rows, n/g, width of the band]."""
