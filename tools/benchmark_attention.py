@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--backend", choices=BACKEND_NAMES, default="eager", help="(%(default)s)")
     add("--threads", type=int, default=0, help="of torch; default: torch's own choice")
     add("--repeats", type=int, default=7, help="timed passes of each (%(default)s)")
-    add("--seconds", type=float, default=60.0, help="no new pass of a length begins after these (%(default)s)")
+    add("--seconds", type=float, default=20.0, help="no new pass of a length begins after these (%(default)s)")
     add("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
     options = parser.parse_args(arguments)
     if min(options.lengths) < 1 or options.repeats < 3 or len(options.windows) > MAX_SCALES:
