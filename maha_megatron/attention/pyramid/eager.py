@@ -123,9 +123,13 @@ def _shares(downsampling: str, members: torch.Tensor, learned: Sequence[torch.Te
     ratio = members.shape[1]
     if downsampling == "mean":
         return members.new_full((), 1 / ratio)
-    if downsampling == "max":  # max names the first of equal children, which then gets the whole gradient
-        child = torch.arange(ratio, device=members.device).view(-1, 1, 1, 1)
-        return (members.max(1, keepdim=True).indices == child).to(members.dtype)
+    if downsampling == "max":  # all of the first child that has it, so that a tie has one gradient
+        largest = members == members.amax(1, keepdim=True)
+        taken = largest[:, 0].clone()
+        for child in range(1, ratio):
+            largest[:, child] &= ~taken
+            taken |= largest[:, child]
+        return largest.to(members.dtype)
     learned = [tensor.to(members.dtype) for tensor in learned]
     if downsampling == "conv":
         return learned[0].movedim(-1, 0)
