@@ -26,7 +26,6 @@ from maha_megatron.attention.aggregation.exponential_cone import dual_derivative
 REFINEMENTS = 5
 REFINED_BELOW = 1e-14
 CUTOFFS = (1e-13, 1e-10, 1e-8)
-DERIVATIVE_CUTOFF = 1e-10
 # a proof that there is no solution, in the words that diffcp has for Clarabel's
 NO_SOLUTION = {
     "Infeasible": "infeasible",
@@ -98,7 +97,7 @@ class ConePrograms:
         incoming[:, :columns] = d_primal
         incoming[:, -1] = -(self._projected[:, :columns] * d_primal).sum(1)
         jacobian = self._jacobian(self._z, np.arange(len(self._z)))
-        response = _least_squares(jacobian.swapaxes(1, 2), incoming, DERIVATIVE_CUTOFF)
+        response = _least_squares(jacobian.swapaxes(1, 2), incoming, CUTOFFS[0])
         outer = self._projected[:, :, None] * response[:, None]  # minus the transpose of Q's gradient
         d_skew = outer - outer.swapaxes(1, 2)
         return d_skew[:, :columns, columns:-1].swapaxes(1, 2), d_skew[:, columns:-1, -1], d_skew[:, :columns, -1]

@@ -72,8 +72,8 @@ def test_a_stated_convex_program_equals_the_solver(program, magnitude, request):
     assert not coupled or (mine[1][~feasible] == 0).all()
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_no_gradient_explodes_where_weights_are_tiny(coupled):
+@pytest.mark.parametrize(("coupled", "values_to", "gradients_to"), [(False, 5e-7, 5e-6), (True, 1e-5, 2e-5)])
+def test_no_gradient_explodes_where_weights_are_tiny(coupled, values_to, gradients_to):
     """Weights down to 1e-30: by diffcp's projection alone some of these gradients are off by 100 and more."""
     generator = torch.Generator().manual_seed(0)
     payoff = (20.0 * torch.randn(300, 4, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -86,8 +86,8 @@ def test_no_gradient_explodes_where_weights_are_tiny(coupled):
     assert ours.min() < 1e-25
     direction = torch.randn(300, 4, generator=generator, dtype=torch.float64)
     mine, exact = (torch.autograd.grad(weights, payoff, direction)[0] for weights in (theirs, ours))
-    assert (theirs - ours).abs().max() <= 1e-5
-    assert (mine - exact).abs().max() <= 1e-4
+    assert (theirs - ours).abs().max() <= values_to
+    assert (mine - exact).abs().max() <= gradients_to
 
 
 def test_what_stands_at_infeasible_scales_is_not_read():
