@@ -5,7 +5,6 @@ python tools/generate.py --run runs/quickstart/train --prompt "def main" --token
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
 from maha_megatron.config import programs
-from maha_megatron.errors import ConfigError, DataError, MahaError
+from maha_megatron.errors import MahaError
 
 EXIT_USER_ERROR = 2
 
@@ -43,40 +42,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def run(options: argparse.Namespace) -> None:
     """Load, sample, print."""
-    from maha_megatron.checkpoint import manifest as manifests
-    from maha_megatron.checkpoint.load import find_checkpoint, load_weights
-    from maha_megatron.config.load import config_from_dict
-    from maha_megatron.data.tokenizer import load_tokenizer
+    from maha_megatron.checkpoint.load import find_checkpoint
+    from maha_megatron.checkpoint.trained import open_trained
     from maha_megatron.model.generation import Sampling, generate
-    from maha_megatron.model.gpt import build_gpt
-    from maha_megatron.model.operators import stated_program
     from maha_megatron.parallel import compat
 
-    checkpoint = find_checkpoint(options.run, options.checkpoint)
-    manifest = manifests.read(checkpoint)
-    config = config_from_dict(dict(manifest.config))
-    program = stated_program(config, options.allow_program)
-    one_process = dataclasses.replace(config.parallel, tensor=1, sequence=False)
-    config = dataclasses.replace(config, parallel=one_process)
-    path = options.tokenizer or config.data.tokenizer
-    if not path:
-        raise ConfigError("the run's configuration names no tokenizer: give --tokenizer")
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocabulary != config.model.vocabulary:
-        raise DataError(
-            f"the tokenizer {path} has {tokenizer.vocabulary} token ids, the model {config.model.vocabulary}: "
-            "give the tokenizer that the run was trained with by --tokenizer"
-        )
-    if tokenizer.fingerprint != manifest.data["tokenizer"]:
-        raise DataError(
-            f"{path} is another tokenizer ({tokenizer.fingerprint[:36]}...) than the one that {checkpoint} was trained "
-            f"with ({manifest.data['tokenizer'][:36]}...): give that one by --tokenizer"
-        )
-    compat.initialise_distributed(config)
-    compat.initialise_model_parallel(config)
-    compat.seed_everything(config.run.seed)
-    model = build_gpt(config, device=compat.compute_device(), program=program).eval()
-    load_weights(checkpoint, model)
+    trained = open_trained(
+        find_checkpoint(options.run, options.checkpoint), options.tokenizer, allow_program=options.allow_program
+    )
+    config, tokenizer, model = trained.config, trained.tokenizer, trained.model
     prompt = tokenizer.encode(options.prompt) or [tokenizer.end_of_document]
     new = generate(
         model,

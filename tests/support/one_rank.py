@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ _ADDRESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
+    """Model-parallel groups of size 1 for a module's tests."""
+    with groups_of_one_rank():
+        yield
+
+
+@contextmanager
+def groups_of_one_rank() -> Iterator[None]:
     """Model-parallel groups of size 1, taken down afterwards; the environment is left as it was."""
     before = {name: os.environ.get(name) for name in _ADDRESS}
     threads = torch.get_num_threads()

@@ -2,7 +2,10 @@
 
 Kept for backward is the finer level alone, which scale attention keeps anyway, and under a key map the pooled keys.
 Each child has one parent, so the gradient of the gather is a gather too: nothing is scattered and the result is bitwise
-reproducible. Arithmetic is in at least fp32.
+reproducible. Arithmetic is in at least fp32, a block of slots at a time.
+
+The children of slot j are r consecutive finer slots that begin at one of j r - r + 1 ... j r (j r + ceil(D / R) - r
+ceil(D / (r R)), with R the finer stride). So once slots 0 ... j are done, no later one adds to finer slots up to j r.
 """
 
 from collections.abc import Sequence
@@ -28,9 +31,10 @@ def build_pyramid(
     document_start_t = document_start_t.long()
     levels = [kv if past is None else torch.cat((past[0], kv))]
     for scale in range(1, spec.scales):
-        family = _family(document_start_t, spec.ratio, scale, 0 if past is None else len(past[scale - 1]))
+        past_slots = 0 if past is None else len(past[scale - 1])
+        family = _family(document_start_t, spec.ratio, scale, past_slots)
         learned = [getattr(parameters, name)[scale - 1] for name in _LEARNED[spec.downsampling]]
-        pooled = _Pool.apply(levels[-1], spec.downsampling, *family, *learned)
+        pooled = _Pool.apply(levels[-1], spec.downsampling, past_slots, *family, *learned)
         mapped = _MapKeys.apply(pooled, parameters.key_map[scale - 1]) if spec.key_map else pooled
         levels.append(mapped if past is None else torch.cat((past[scale], mapped)))
     return levels
@@ -61,12 +65,15 @@ def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -
 
 
 class _Pool(torch.autograd.Function):
-    """Blocks [slots, 2, g, d] from their children; `learned` are the tensors of the scale that _LEARNED names."""
+    """Blocks [slots, 2, g, d] from their children; `learned` are the tensors of the scale that _LEARNED names.
+
+    `finer` has `past` slots in front of slot 0.
+    """
 
     @staticmethod
-    def forward(ctx, finer, downsampling, children, complete, place, *learned):
+    def forward(ctx, finer, downsampling, past, children, complete, place, *learned):
         ctx.save_for_backward(finer, children, complete, place, *learned)
-        ctx.downsampling = downsampling
+        ctx.downsampling, ctx.past = downsampling, past
         pooled = torch.empty(len(children), *finer.shape[1:], dtype=finer.dtype, device=finer.device)
         for start, stop in _blocks(finer, children):
             members = _members(finer, children[start:stop])
@@ -77,9 +84,11 @@ class _Pool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         finer, children, complete, place, *learned = ctx.saved_tensors
-        grad_members = torch.empty(children.numel() + 1, *finer.shape[1:], dtype=finer.dtype, device=finer.device)
-        grad_members[-1] = 0
-        by_slot = grad_members[:-1].unflatten(0, children.shape)
+        slots, ratio = children.shape
+        grad_finer = torch.empty(finer.shape, dtype=finer.dtype, device=finer.device)
+        dtype = torch.promote_types(finer.dtype, torch.float32)
+        nobody = torch.zeros(1, *finer.shape[1:], dtype=dtype, device=finer.device)
+        before, done = nobody.expand(ratio, -1, -1, -1), 0  # gradients of the children of the slot before the block
         grad_learned = [0] * len(learned)
         for start, stop in _blocks(finer, children):
             members = _members(finer, children[start:stop])
@@ -93,9 +102,14 @@ class _Pool(torch.autograd.Function):
             elif ctx.downsampling == "conv":
                 of_learned = (members.mul_(grad_pooled).sum(0).movedim(0, -1),)
             grad_learned = [total + part for total, part in zip(grad_learned, of_learned, strict=True)]
-            by_slot[start:stop] = grad_children
+            grad_children = grad_children.expand_as(members)  # a plain mean has one for all children
+            known = torch.cat((before, grad_children.flatten(0, 1), nobody))
+            first, done = done, len(finer) if stop == slots else ctx.past + (stop - 1) * ratio + 1
+            from_known = (place[first:done] - (start - 1) * ratio).clamp_(max=len(known) - 1)
+            grad_finer[first:done] = known.index_select(0, from_known)
+            before = grad_children[-1]
         grad_learned = [total.to(tensor.dtype) for total, tensor in zip(grad_learned, learned, strict=True)]
-        return grad_members.index_select(0, place), None, None, None, None, *grad_learned
+        return grad_finer, None, None, None, None, None, *grad_learned
 
 
 def _members(finer: torch.Tensor, children: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,11 @@ class Band:
         """Tiles in a chunk of `rows` rows."""
         return rows // self.tile_rows if self.step else 1
 
+    def span(self, start: int, rows: int) -> range:
+        """Slots that a chunk of rows start..start+rows reads: those of all its bands together."""
+        first = start // self.stride_rows - self.lookback
+        return range(first, first + (self.tiles(rows) - 1) * self.step + self.width)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,22 +113,16 @@ def visibility_bias(
     return F.threshold_(inside, 0.0, -torch.inf).clamp_(max=0.0)
 
 
-def padded_shape(groups: int, width: int, band: Band, rows: int) -> tuple[int, int, int]:
-    """Shape of keys or values by slot, with `lookback` slots in front and enough behind for chunks up to row `rows`."""
-    return groups, rows // band.stride_rows + band.width, width
-
-
-def gather_tiles(padded: torch.Tensor, band: Band, start: int, rows: int) -> torch.Tensor:
-    """The bands of the tiles of the chunk of rows start..start+rows: [g * tiles, width, d]."""
-    span = _span(padded, band, start, rows)
+def gather_tiles(span: torch.Tensor, band: Band, rows: int) -> torch.Tensor:
+    """The bands of the tiles of a chunk of `rows` rows from its span [g, slots, d]: [g * tiles, width, d]."""
     if band.tiles(rows) == 1:
         return span
     return span.unfold(1, band.width, band.step).transpose(2, 3).flatten(0, 1)
 
 
-def add_tiles(padded: torch.Tensor, tiles: torch.Tensor, band: Band, start: int, rows: int) -> None:
+def add_tiles(span: torch.Tensor, tiles: torch.Tensor, band: Band, rows: int) -> None:
     """The transpose of `gather_tiles`: adds each tile's band to its slots, segment by segment, without a scatter."""
-    span, count = _span(padded, band, start, rows), band.tiles(rows)
+    count = band.tiles(rows)
     if count == 1:
         span += tiles
         return
@@ -131,8 +130,3 @@ def add_tiles(padded: torch.Tensor, tiles: torch.Tensor, band: Band, start: int,
     tiles = tiles.unflatten(0, (-1, count)).unflatten(2, (-1, band.step))
     for segment in range(tiles.shape[2]):
         span[:, segment : segment + count] += tiles[:, :, segment]
-
-
-def _span(padded: torch.Tensor, band: Band, start: int, rows: int) -> torch.Tensor:
-    first = start // band.stride_rows
-    return padded[:, first : first + (band.tiles(rows) - 1) * band.step + band.width]

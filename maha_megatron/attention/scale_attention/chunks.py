@@ -1,32 +1,48 @@
-"""What banded scale attention holds while it runs: a call's keys and values, and one chunk's queries.
+"""What banded scale attention holds while it runs: one chunk's queries, and the keys and values that they read.
 
 Shapes: queries and logits of a chunk are [g, rows, n/g, z]; as operands of a matrix product they are cut into tiles,
 [g * tiles, tile rows * n/g, z], against the tiles' bands of keys or values, [g * tiles, width, d]. So the query heads
 of a KV group share one product, and keys are never repeated.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from maha_megatron.attention.normalise_rotate import normalise, normalise_rotate, quarter_turn, rotation
-from maha_megatron.attention.scale_attention.bands import Band, gather_tiles, padded_shape, plan_bands, visibility_bias
+from maha_megatron.attention.scale_attention.bands import gather_tiles, plan_bands, visibility_bias
 from maha_megatron.attention.slots import slots_of
 from maha_megatron.attention.spec import MahaSpec
 
 # logits of one scale that exist at once: they stay in the cache of a CPU, and fill a GPU
-_LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
+_LOGITS_PER_CHUNK = {"cpu": 3 * 2**19, "cuda": 2**26}
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Batched matrix product; low-precision operands (CUDA only) give an fp32 result."""
-    return torch.bmm(a, b) if a.dtype.itemsize >= 4 else torch.bmm(a, b, out_dtype=torch.float32)
+    """Batched matrix product, summed in fp32; of 16-bit operands the result is fp32 on CUDA and 16-bit on a CPU."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype.itemsize < 4 else torch.bmm(a, b)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16; without them they are slower than in fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """e^x in place for x <= 0, as a power of two: torch's exp is 20 times slower on a CPU where x has -inf in it.
+
+    Rounding x / ln 2 costs |x| e^x half units of the last place of 1, less than half of one.
+    """
+    return x.mul_(1 / math.log(2)).exp2_()
 
 
 class Call:
-    """What one call holds for all its chunks: parameters in the dtype of the arithmetic, padded keys and values.
+    """What one call holds for all its chunks: parameters and where slots stand. Keys are made chunk by chunk.
 
     Logits, softmax and accumulation are in at least fp32. Matrix products read operands in the inputs' dtype on CUDA,
-    where tensor cores want them, and in the arithmetic's elsewhere.
+    where tensor cores want them. On a CPU that multiplies bf16 (4 times as fast as fp32) only those do that come after
+    the softmax: their results are rounded to bf16 before they are summed over scales and tiles in fp32.
     """
 
     def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, past_slots, levels):
@@ -34,34 +50,69 @@ class Call:
         self.q, self.levels, self.spec, self.past_slots = q, levels, spec, past_slots
         self.query_gain, self.key_gain, self.rho, self.beta = query_gain, key_gain, rho, beta
         self.groups, self.dtype = levels[0].shape[2], torch.promote_types(q.dtype, torch.float32)
-        self.operand = q.dtype if q.device.type == "cuda" else self.dtype
+        self.operand = q.dtype if q.is_cuda else self.dtype
+        self.fast = q.dtype if q.is_cuda or (q.dtype == torch.bfloat16 and _multiplies_bf16()) else self.dtype
         limit = _LOGITS_PER_CHUNK["cuda" if q.device.type == "cuda" else "cpu"] // (heads * 2 * max(spec.windows))
         self.plan = plan_bands(rows, spec.ratio, spec.windows, limit, past_slots)
         self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
         self.document = F.pad(document_start_t, (0, self.plan.padded_rows - rows), value=rows)
-        self.keys = [self._padded(scale) for scale in range(spec.scales)]
-        self.values = [self._padded(scale) for scale in range(spec.scales)]
-        for scale, level in enumerate(levels):
-            turn = self.key_rotation(scale)
-            normalise_rotate(level[:, 0], key_gain, *turn, spec.norm_epsilon, self.slots_view(self.keys, scale))
-            self.slots_view(self.values, scale).copy_(level[:, 1])
+        self._position = [self._positions(scale) for scale in range(spec.scales)]
+        self._spans, self._operands = [range(0)] * spec.scales, [(None, None)] * spec.scales
 
-    def _padded(self, scale: int) -> torch.Tensor:
-        shape = padded_shape(self.groups, self.q.shape[-1], self.bands[scale], self.plan.padded_rows)
-        return torch.zeros(shape, dtype=self.operand, device=self.q.device)
-
-    def slots_view(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
-        """The real slots of a padded tensor [g, slots, d], those of the past included, as rows: [slots, g, d]."""
-        first = self.bands[scale].lookback - self.past_slots[scale]
-        return padded[scale][:, first : first + len(self.levels[scale])].transpose(0, 1)
-
-    def key_rotation(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [slots, 1, d]: position b + (R - 1) / R of block b is that of its last row, over R."""
+    def _positions(self, scale: int) -> torch.Tensor:
+        """fp64 [entries]: position b + (R - 1) / R of block b is that of its last row, over R."""
         band = self.bands[scale]
         slots = slots_of(self.document[: len(self.q)], band.stride_rows, self.past_slots[scale])
-        position = (slots.last_row - slots.document).double() / band.stride_rows
+        return (slots.last_row - slots.document).double() / band.stride_rows
+
+    def real(self, scale: int, span: range) -> slice:
+        """The entries of a level that lie in a span of slots; the rest of the span is padding."""
+        past, entries = self.past_slots[scale], len(self.levels[scale])
+        return slice(min(max(span.start + past, 0), entries), min(max(span.stop + past, 0), entries))
+
+    def inside(self, scale: int, span: range, entries: slice) -> slice:
+        """Where entries of a level lie in a span that holds them."""
+        first = entries.start - self.past_slots[scale] - span.start
+        return slice(first, first + entries.stop - entries.start)
+
+    def rotation_of(self, entries: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [all entries, 1, d] of keys, those of every scale one after the other."""
+        position = torch.cat([at[here] for at, here in zip(self._position, entries, strict=True)])
         return rotation(position[:, None], self.q.shape[-1], self.spec.rope_base, self.dtype)
+
+    def advance(self, start: int, rows: int) -> None:
+        """Make the operands of the spans of a chunk, all scales at once: they are small, and each step costs a call.
+
+        Chunks come in order; what a span shares with the one before it is taken from there.
+        """
+        spans = [band.span(start, rows) for band in self.bands]
+        begin = [held.stop if held else span.start for held, span in zip(self._spans, spans, strict=True)]
+        fresh = [self.real(scale, range(begin[scale], span.stop)) for scale, span in enumerate(spans)]
+        counts = [entries.stop - entries.start for entries in fresh]
+        raw = torch.cat([level[entries, 0] for level, entries in zip(self.levels, fresh, strict=True)])
+        made = torch.empty(raw.shape, dtype=self.operand, device=raw.device)
+        normalise_rotate(raw, self.key_gain, *self.rotation_of(fresh), self.spec.norm_epsilon, made)
+        for scale, keys in enumerate(made.split(counts)):
+            values, inside = self.levels[scale][fresh[scale], 1], self.inside(scale, spans[scale], fresh[scale])
+            moved = []
+            for old, new, dtype in zip(self._operands[scale], (keys, values), (self.operand, self.fast), strict=True):
+                moved.append(self.moved(old, self._spans[scale], spans[scale], dtype))
+                moved[-1][:, inside] = new.transpose(0, 1)
+            self._operands[scale] = tuple(moved)
+        self._spans = spans
+
+    def moved(self, old: torch.Tensor | None, held: range, span: range, dtype: torch.dtype) -> torch.Tensor:
+        """[g, slots of the span, d] with what `old` holds of it, 0 elsewhere."""
+        new = torch.zeros(self.groups, len(span), self.q.shape[-1], dtype=dtype, device=self.q.device)
+        shared = held.stop - max(held.start, span.start)
+        if old is not None and shared:
+            new[:, :shared] = old[:, len(held) - shared :]
+        return new
+
+    def operands(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (normalised, rotated; for logits) and values (`fast`) of the span: [g, slots, d], padding is 0."""
+        return self._operands[scale]
 
 
 class Chunk:
@@ -75,7 +126,9 @@ class Chunk:
         self.gain = call.query_gain.to(call.dtype).unflatten(0, (call.groups, 1, -1))
         self.normal = normalise(self.raw, self.gain, call.spec.norm_epsilon)
         self.turned = quarter_turn(self.normal)
-        self.turns = [self._turn(band) for band in call.bands]
+        self.turns = self._turns()
+        call.advance(start, rows)
+        self._held, self._tiles = None, None
         self.utility = self.normal.new_zeros(*self.normal.shape[:-1], 1)
         if call.rho is not None:
             self.rho = call.rho.to(call.dtype).unflatten(1, (call.groups, -1))
@@ -94,12 +147,12 @@ class Chunk:
         target = x[self.start : self.start + self.rows].unflatten(1, (self.call.groups, -1)).transpose(0, 1)
         target.copy_(rows[:, : target.shape[1]])
 
-    def _turn(self, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
-        width = self.raw.shape[-1]
-        position = (self.row - self.document).double() / band.stride_rows
-        cos, sin = rotation(position[:, None], width, self.call.spec.rope_base, self.call.dtype)
-        return cos * width**-0.5, sin * width**-0.5
+    def _turns(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """By scale: cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
+        width, position = self.raw.shape[-1], (self.row - self.document).double()
+        positions = torch.stack([position / band.stride_rows for band in self.call.bands])
+        cos, sin = rotation(positions[..., None], width, self.call.spec.rope_base, self.call.dtype)
+        return list(zip(cos.mul_(width**-0.5), sin.mul_(width**-0.5), strict=True))
 
     def rotated(self, scale: int) -> torch.Tensor:
         """Queries as the logits of one scale read them."""
@@ -108,21 +161,28 @@ class Chunk:
 
     def logits(self, rotated: torch.Tensor, scale: int) -> torch.Tensor:
         """[g, rows, n/g, width of the band], -inf where a slot is not visible."""
-        logits = self.from_tiles(product(self.to_tiles(rotated, scale), self.tiles(self.call.keys, scale).mT))
+        rotated = self.to_tiles(rotated, scale, self.call.operand)
+        logits = self.from_tiles(product(rotated, self.tiles(scale)[0].mT))
         bias = visibility_bias(self.call.bands[scale], self.row, self.start, self.document, logits.dtype)
         return logits.add_(bias[:, None])
 
-    def tiles(self, padded: list[torch.Tensor], scale: int) -> torch.Tensor:
-        """Keys or values of the bands of this chunk: [g * tiles, width of the band, d]."""
-        return gather_tiles(padded[scale], self.call.bands[scale], self.start, self.rows)
+    def tiles(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the bands of this chunk: [g * tiles, width of the band, d]; kept until another scale."""
+        if self._held != scale:
+            band = self.call.bands[scale]
+            self._tiles = None  # first, so that two scales' tiles never exist at once
+            self._tiles = tuple(gather_tiles(span, band, self.rows) for span in self.call.operands(scale))
+            self._held = scale
+        return self._tiles
 
-    def to_tiles(self, x: torch.Tensor, scale: int) -> torch.Tensor:
+    def to_tiles(self, x: torch.Tensor, scale: int, dtype: torch.dtype) -> torch.Tensor:
         """[g, rows, n/g, z] -> [g * tiles, tile rows * n/g, z], an operand of a matrix product."""
         count = self.call.bands[scale].tiles(self.rows)
-        return x.to(self.call.operand).reshape(x.shape[0] * count, -1, x.shape[-1])
+        return x.to(dtype).reshape(x.shape[0] * count, -1, x.shape[-1])
 
     def from_tiles(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(self.call.groups, self.rows, -1, x.shape[-1])
+        """The inverse, in the dtype of the arithmetic."""
+        return x.view(self.call.groups, self.rows, -1, x.shape[-1]).to(self.call.dtype)
 
 
 def attend_scale(chunk: Chunk, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +190,7 @@ def attend_scale(chunk: Chunk, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits = chunk.logits(chunk.rotated(scale), scale)
     # a row that sees nothing has maximum -inf: any finite shift then gives exp(-inf) = 0
     top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    p = logits.sub_(top).exp_()
+    p = exp_(logits.sub_(top))
     mass = p.sum(-1, keepdim=True)
-    output = chunk.from_tiles(product(chunk.to_tiles(p, scale), chunk.tiles(chunk.call.values, scale)))
+    output = chunk.from_tiles(product(chunk.to_tiles(p, scale, chunk.call.fast), chunk.tiles(scale)[1]))
     return output.div_(mass.clamp(min=torch.finfo(mass.dtype).tiny)), (top + mass.log()).squeeze(-1)

@@ -18,7 +18,7 @@ Kept for backward: q, the levels, out, a. Infeasible scales have P = 0 exactly, 
 import torch
 
 from maha_megatron.attention.aggregation.eager import scale_log_weights
-from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale
+from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale, exp_
 from maha_megatron.attention.scale_attention.gradients import Gradients
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
@@ -57,17 +57,7 @@ class _JointAttention(torch.autograd.Function):
         weights = torch.empty(*q.shape[:2], spec.scales, dtype=call.dtype, device=q.device)
         offsets = torch.empty_like(weights)
         for start, rows in call.plan.chunks():
-            chunk = Chunk(call, start, rows)
-            outputs, lses = zip(*(attend_scale(chunk, scale) for scale in range(spec.scales)), strict=True)
-            lse = torch.stack(lses, dim=-1)
-            log_weights = scale_log_weights(chunk.utility, lse, spec.lse_utility)
-            weight = log_weights.exp()
-            fused = outputs[0].mul_(weight[..., 0, None])
-            for scale in range(1, spec.scales):
-                fused.addcmul_(outputs[scale], weight[..., scale, None])
-            chunk.write(out, fused)
-            chunk.write(weights, weight)
-            chunk.write(offsets, (log_weights - lse).masked_fill_(lse == -torch.inf, 0.0))
+            _attend_chunk(Chunk(call, start, rows), out, weights, offsets)
         ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels)
         ctx.spec, ctx.past_slots = spec, past_slots
         ctx.mark_non_differentiable(weights)
@@ -78,38 +68,52 @@ class _JointAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels = ctx.saved_tensors
         call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, ctx.past_slots, levels)
-        grads, scales = Gradients(call), range(ctx.spec.scales)
+        grads = Gradients(call)
         for start, rows in call.plan.chunks():
-            chunk = Chunk(call, start, rows)
-            grad = chunk.read(grad_out)
-            offset = chunk.read(offsets)
-            delta = (grad * chunk.read(out)).sum(-1, keepdim=True)
-            shares = [_attend_scale_backward(chunk, scale, grad, offset, delta, grads) for scale in scales]
-            grads.add_queries(chunk, *zip(*shares, strict=True))
-        level_grads, key_gain_shares = zip(*(grads.level(scale) for scale in scales), strict=True)
-        query_gain, grad_rho, grad_beta = grads.learned()
-        return (
-            grads.q,
-            query_gain,
-            sum(key_gain_shares).to(key_gain.dtype),
-            grad_rho,
-            grad_beta,
-            None,
-            None,
-            None,
-            *level_grads,
-        )
+            _attend_chunk_backward(Chunk(call, start, rows), grad_out, out, offsets, grads)
+        grads.finish()
+        return grads.q, *grads.learned(), None, None, None, *grads.levels
+
+
+# a chunk and all that is made of it ends with its function: the next one finds the memory free
+
+
+def _attend_chunk(chunk: Chunk, out: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Writes the chunk's rows of `out` [t, n, d], `weights` and `offsets` [t, n, L]."""
+    spec = chunk.call.spec
+    outputs, lses = zip(*(attend_scale(chunk, scale) for scale in range(spec.scales)), strict=True)
+    lse = torch.stack(lses, dim=-1)
+    log_weights = scale_log_weights(chunk.utility, lse, spec.lse_utility)
+    weight = log_weights.exp()
+    fused = outputs[0].mul_(weight[..., 0, None])
+    for scale in range(1, spec.scales):
+        fused.addcmul_(outputs[scale], weight[..., scale, None])
+    chunk.write(out, fused)
+    chunk.write(weights, weight)
+    chunk.write(offsets, (log_weights - lse).masked_fill_(lse == -torch.inf, 0.0))
+
+
+def _attend_chunk_backward(
+    chunk: Chunk, grad_out: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor, grads: Gradients
+) -> None:
+    grads.start_chunk(chunk)
+    grad = chunk.read(grad_out)
+    offset = chunk.read(offsets)
+    delta = (grad * chunk.read(out)).sum(-1, keepdim=True)
+    scales = range(chunk.call.spec.scales)
+    shares = [_attend_scale_backward(chunk, scale, grad, offset, delta, grads) for scale in scales]
+    grads.add_queries(chunk, *zip(*shares, strict=True))
 
 
 def _attend_scale_backward(
     chunk: Chunk, scale: int, grad: torch.Tensor, offset: torch.Tensor, delta: torch.Tensor, grads: Gradients
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adds the gradients of one scale's keys and values; returns those of its rotated queries and of its utility.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds what one scale gives to queries, keys and values; returns the gradient of its utility, and its weight.
 
-    grad [g, rows, n/g, d], offset [g, rows, n/g, L], delta [g, rows, n/g, 1]. The third result is the scale's weight.
+    grad [g, rows, n/g, d], offset [g, rows, n/g, L], delta [g, rows, n/g, 1].
     """
     rotated = chunk.rotated(scale)
-    p = chunk.logits(rotated, scale).add_(offset[..., scale, None]).exp_()
+    p = exp_(chunk.logits(rotated, scale).add_(offset[..., scale, None]))
     weight = p.sum(-1, keepdim=True)
     grad_p = grads.through_values(chunk, scale, p, grad)
     if chunk.call.spec.lse_utility:
@@ -120,4 +124,5 @@ def _attend_scale_backward(
         own_delta = share / weight.clamp(min=torch.finfo(p.dtype).tiny)
         grad_logits = grad_p.sub_(own_delta).mul_(p)
         grad_utility = (share - weight * delta).squeeze(-1)
-    return grads.through_logits(chunk, scale, rotated, grad_logits), grad_utility, weight.squeeze(-1)
+    grads.through_logits(chunk, scale, rotated, grad_logits)
+    return grad_utility, weight.squeeze(-1)

@@ -10,7 +10,7 @@ reads them as they are and keeps no second copy.
 
 import torch
 
-from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale
+from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale, exp_
 from maha_megatron.attention.scale_attention.gradients import Gradients
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
@@ -57,18 +57,17 @@ class _ScalesAttention(torch.autograd.Function):
         grads, scales = Gradients(call), range(ctx.spec.scales)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
+            grads.start_chunk(chunk)
             lse = chunk.read(lses)
             offset = torch.where(lse == -torch.inf, 0.0, -lse)
             grad_lse = chunk.read(grad_lses)
-            shares = []
             for scale in scales:
                 rotated = chunk.rotated(scale)
-                p = chunk.logits(rotated, scale).add_(offset[..., scale, None]).exp_()
+                p = exp_(chunk.logits(rotated, scale).add_(offset[..., scale, None]))
                 grad = chunk.read(grad_outputs[:, :, scale])
                 delta = (grad * chunk.read(outputs[:, :, scale])).sum(-1, keepdim=True) - grad_lse[..., scale, None]
                 grad_logits = grads.through_values(chunk, scale, p, grad).sub_(delta).mul_(p)
-                shares.append(grads.through_logits(chunk, scale, rotated, grad_logits))
-            grads.add_queries(chunk, shares)
-        level_grads, key_gain_shares = zip(*(grads.level(scale) for scale in scales), strict=True)
-        query_gain = grads.learned()[0]
-        return grads.q, query_gain, sum(key_gain_shares).to(key_gain.dtype), None, None, None, *level_grads
+                grads.through_logits(chunk, scale, rotated, grad_logits)
+            grads.add_queries(chunk)
+        grads.finish()
+        return grads.q, *grads.learned()[:2], None, None, None, *grads.levels
