@@ -19,6 +19,7 @@ from maha_megatron.attention.api import maha_attention
 from maha_megatron.attention.dispatch import Backend
 from maha_megatron.attention.dispatch import backend as backend_named
 from maha_megatron.attention.normalise_rotate import normalise, rotate, rotation
+from maha_megatron.attention.pyramid.queries import pool_queries
 from maha_megatron.attention.slots import first_slot_of, slots_of, visible_slots
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.scales import stride
@@ -96,9 +97,7 @@ class Probabilities:
         self.levels = operators.build_pyramid(torch.stack((k_tgd, v_tgd), dim=1), document_start_t, parameters, spec)
         self.queries = [q_tnd] * spec.scales
         if spec.queries == "pooled":
-            plain_mean = dataclasses.replace(spec, downsampling="mean", key_map=False)
-            pooled = operators.build_pyramid(q_tnd[:, None], document_start_t, AttentionParameters(), plain_mean)
-            self.queries = [level[:, 0] for level in pooled]
+            self.queries = pool_queries(operators.build_pyramid, q_tnd, document_start_t, spec)
         self.dtype = torch.promote_types(q_tnd.dtype, torch.float32)
         self.slots = [slots_of(self.document, stride(spec.ratio, scale)) for scale in range(spec.scales)]
 

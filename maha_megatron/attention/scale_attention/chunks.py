@@ -52,7 +52,7 @@ class Call:
         self.groups, self.dtype = levels[0].shape[2], torch.promote_types(q.dtype, torch.float32)
         self.operand = q.dtype if q.is_cuda else self.dtype
         self.fast = q.dtype if q.is_cuda or (q.dtype == torch.bfloat16 and _multiplies_bf16()) else self.dtype
-        limit = _LOGITS_PER_CHUNK["cuda" if q.device.type == "cuda" else "cpu"] // (heads * 2 * max(spec.windows))
+        limit = _LOGITS_PER_CHUNK["cuda" if q.is_cuda else "cpu"] // (heads * 2 * max(spec.windows))
         self.plan = plan_bands(rows, spec.ratio, spec.windows, limit, past_slots)
         self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it

@@ -17,6 +17,7 @@ import dataclasses
 import torch
 
 from maha_megatron.attention.pyramid.eager import build_pyramid
+from maha_megatron.attention.pyramid.queries import pool_queries
 from maha_megatron.attention.scale_attention.eager_scales import attend_scales
 from maha_megatron.attention.slots import first_slot_of, slots_of, visible_slots
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
@@ -31,15 +32,14 @@ def attend_pooled(
     spec: MahaSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs [t, n, L, d] and log-sum-exps [t, n, L] that rows read, as `attend_scales` returns them."""
-    plain_mean = dataclasses.replace(spec, downsampling="mean", key_map=False)
-    queries = build_pyramid(q_tnd[:, None], document_start_t, AttentionParameters(), plain_mean)
+    queries = pool_queries(build_pyramid, q_tnd, document_start_t, spec)
     outputs, lses = [], []
     for scale, (query, level) in enumerate(zip(queries, levels, strict=True)):
         stride_rows = stride(spec.ratio, scale)
         slots = slots_of(document_start_t, stride_rows)
         start = first_slot_of(slots.document, stride_rows)
         one_scale = dataclasses.replace(spec, windows=(spec.windows[scale],))
-        output, lse = attend_scales(query[:, 0], [level], start, parameters, one_scale, (0,))
+        output, lse = attend_scales(query, [level], start, parameters, one_scale, (0,))
         read = _readers(document_start_t, slots, stride_rows)
         outputs.append(_Read.apply(output.squeeze(2), 0.0, *read))
         lses.append(_Read.apply(lse.squeeze(2), -torch.inf, *read))
