@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from maha_megatron.attention.aggregation.solvers import SolveReport
+from maha_megatron.attention.aggregation.stated_program import UnsolvedProgram
 from maha_megatron.attention.dispatch import backend as backend_named
 from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.spec import (
@@ -90,7 +91,11 @@ def maha_attention(
     by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
-        attended, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+        try:
+            attended, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+        except UnsolvedProgram as error:
+            row = stream * len(piece[0]) + error.row
+            raise UnsolvedProgram(error.reason, row=row, head=error.head) from error
         streams.append(attended)
         states.append(state.after(stream, levels, piece[:3], piece[3]))
     return _output(streams, with_weights, MahaState.stack(states))

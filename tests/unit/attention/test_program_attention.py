@@ -9,6 +9,7 @@ from maha_megatron.attention.aggregation.stated_program import StatedProgram, Un
 from maha_megatron.attention.api import maha_attention
 from maha_megatron.attention.dispatch import BACKEND_NAMES
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.state import MahaState
 from tests.support.attention import Case, attend, leaves, parameter_specs, start_rows
 from tests.support.stated_programs import bounded_above, stated
 
@@ -69,23 +70,44 @@ def test_the_report_counts_every_row_and_head(backend, monkeypatch):
     assert maha_attention(*inputs, backend=backend).solves.missed == 64 * 4
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize(("row", "head"), [(0, 3), (37, 2)])
-def test_a_row_and_head_without_a_solution_are_named(backend, row, head):
-    """The first utility may be 2 at most; without the log-sum-exp it is <rho, q> + beta, so one query decides."""
+def bounded_case() -> tuple[Case, dict[str, torch.Tensor]]:
+    """The first utility may be 2 at most; without the log-sum-exp it is <rho, q> + beta, and here 0."""
     program = StatedProgram(bounded_above, scales=len(WINDOWS), coupled=False, name="bounded")
     bounded = case("entropy", "none", "program", lse_utility=False, convolution=False, program=program)
     values = {name: value.detach().clone() for name, value in leaves(bounded, torch.float64).items()}
     values["utility_query"].zero_()
     values["utility_bias"].zero_()
-    assert attend(bounded, values, backend)["out"].shape == (64, 4, 8)
+    return bounded, values
+
+
+def make_unsolvable(values: dict[str, torch.Tensor], row: int, head: int) -> None:
+    """One query raises the first utility of its row and head above what the program allows."""
     values["query_gain"].fill_(1.0)
     values["q"][:, head] = -values["q"][:, head].abs()
     values["q"][row, head] *= -1
     values["utility_query"][0, head] = 1.0
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("row", "head"), [(0, 3), (37, 2)])
+def test_a_row_and_head_without_a_solution_are_named(backend, row, head):
+    bounded, values = bounded_case()
+    assert attend(bounded, values, backend)["out"].shape == (64, 4, 8)
+    make_unsolvable(values, row, head)
     with pytest.raises(UnsolvedProgram, match=r"bounded with . feasible scales is infeasible") as caught:
         attend(bounded, values, backend)
     assert (caught.value.row, caught.value.head) == (row, head)
+
+
+def test_in_pieces_the_row_counts_over_all_streams():
+    bounded, values = bounded_case()
+    make_unsolvable(values, 37, 2)
+    state = MahaState.initial(bounded.spec, streams=2, n=4, g=2, d=8, dtype=torch.float64)
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(bounded)})
+    inputs = (values["q"], values["k"], values["v"], torch.zeros(64, dtype=torch.int64), parameters, bounded.spec)
+    with pytest.raises(UnsolvedProgram, match="infeasible") as caught:
+        maha_attention(*inputs, state=state)
+    assert (caught.value.row, caught.value.head) == (37, 2)
 
 
 def test_bf16_solves_in_double():
