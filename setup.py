@@ -26,6 +26,7 @@ setup(
         "datasets>=4.0,<6",
         "tensorboard>=2.20,<3",
         "cvxpylayers>=1.2,<2",
+        "diffcp>=1.1.9,<1.2",  # stated programs call its cone projections, which it does not promise to keep
         "safetensors>=0.5,<1",
         "pyyaml>=6.0,<7",
         "matplotlib>=3.9,<4",
