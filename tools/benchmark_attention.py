@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
         _say(f"warning: the load of this machine is {load:.1f}; times will be off")
     verdicts = {}
     for dtype in options.dtype:
-        verdict = gate.check(setting, DTYPES[dtype])
+        verdict = gate.check(setting, DTYPES[dtype], options.lengths)
         _say(f"{setting.backend} against naive, {dtype}: {'equal' if verdict.green else 'WRONG'} ({verdict})")
         verdicts[dtype] = dataclasses.asdict(verdict)
         if not verdict.green:

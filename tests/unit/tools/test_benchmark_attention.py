@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from maha_megatron.attention import dispatch
+from maha_megatron.attention.aggregation import quadratic
 from maha_megatron.attention.benchmark import gate, measure
 from maha_megatron.attention.benchmark.subjects import Setting
 from maha_megatron.attention.spec import MahaSpec
@@ -82,12 +83,44 @@ OPERATORS = {
 }
 
 
+def verdict_at(rows, dtype=torch.float32, ratio=4, **options):
+    operator = MahaSpec(**({"ratio": ratio, "windows": (), "convolution": False} | options))
+    return gate.check(Setting(operator=operator, heads=4, groups=2, width=16), dtype, [64, rows])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_gate_is_green_for_every_kind_of_operator(name, dtype):
-    operator = MahaSpec(**({"ratio": 4, "windows": (), "convolution": False} | OPERATORS[name]))
-    verdict = gate.check(Setting(operator=operator, heads=4, groups=2, width=16), dtype)
+    """At six scales, as at 64 k, and so beside them at three of the operator's own ratio."""
+    verdict = verdict_at(65536, dtype, **OPERATORS[name])
     assert verdict.green, str(verdict)
+    assert {"out", "out, 6 scales"} <= verdict.bounds.keys()
+
+
+@pytest.mark.parametrize(("ratio", "rows", "names"), [(4, 64, {"out"}), (8, 8192, {"out"}), (2, 1024, {"out", "4"})])
+def test_the_gate_has_as_many_scales_as_what_is_measured(ratio, rows, names):
+    verdict = verdict_at(rows, ratio=ratio)
+    assert verdict.green, str(verdict)
+    assert {name.removeprefix("out, ").removesuffix(" scales") for name in verdict.bounds if name[:3] == "out"} == names
+
+
+def test_a_solver_that_is_wrong_for_many_scales_only_is_red(monkeypatch):
+    """The path that is followed beyond four scales stops at one scale, and says that it is at the end."""
+    honest = quadratic.follow_path
+
+    def hasty(programs, target, steps):
+        solution = honest(programs, target, steps)
+        first = solution.weight_lp.argmax(0)
+        weight_lp = torch.nn.functional.one_hot(first, len(solution.weight_lp)).T.to(solution.weight_lp.dtype)
+        return dataclasses.replace(solution, weight_lp=weight_lp, scaling_lp=weight_lp)
+
+    options = {"aggregation": "nash", "coupling": "gram", "regularizer": "quadratic"}
+    assert verdict_at(65536, **options).green
+    monkeypatch.setattr(quadratic, "follow_path", hasty)
+    assert verdict_at(4096, ratio=8, **options).green, "three scales try every support"
+    verdict = verdict_at(65536, **options)
+    assert not verdict.green
+    assert str(verdict).startswith("out, 6 scales ")
 
 
 def test_a_nan_is_red():
