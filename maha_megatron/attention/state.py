@@ -333,25 +333,40 @@ def check_state(state: MahaState, spec: MahaSpec, q: torch.Tensor, k: torch.Tens
         assert found == wanted, f"{name} of the state is {found}, the keys are {wanted}: move it with state.to(...)"
 
 
-def check_document_start(state: MahaState, document_start_t: torch.Tensor) -> None:
-    """Each row of each stream's piece goes on with its document or starts one; on a CPU, where looking costs nothing.
+def check_document_start(document_start_t: torch.Tensor, state: MahaState | None = None) -> None:
+    """Each row goes on with its document or starts one; looked at on a CPU only, where that costs next to nothing.
+
+    Without a state the first row starts one; else each stream's piece may go on with the document of its state.
 
     Raises:
         StateError: some row does neither. Such a start would give wrong positions, and blocks of the wrong rows.
     """
-    if document_start_t.device.type != "cpu" or state.offset.device.type != "cpu":
+    if document_start_t.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    start = document_start_t.view(state.streams, -1)
-    goes_on = torch.cat((-state.offset[:, None], start[:, :-1]), dim=1)
+    if state is None:
+        start, before = document_start_t[None], document_start_t.new_zeros(1, 1)
+    elif state.offset.device.type == "cpu":
+        start, before = document_start_t.view(state.streams, -1), -state.offset[:, None]
+    else:
+        return
+    goes_on = torch.cat((before, start[:, :-1]), dim=1)
     wrong = ((start != goes_on) & (start != torch.arange(start.shape[1]))).nonzero()
-    if len(wrong):
-        stream, row = wrong[0].tolist()
+    if not len(wrong):
+        return
+    stream, row = wrong[0].tolist()
+    found, kept = start[stream, row].item(), goes_on[stream, row].item()
+    where = f"document_start of row {row}" + ("" if state is None else f" of stream {stream}")
+    if state is None:
+        allowed = f"{kept} where the document goes on, or {row} where a new one starts" if row else "0"
         raise StateError(
-            f"document_start of row {row} of stream {stream} is {start[stream, row].item()}: it must be "
-            f"{goes_on[stream, row].item()} where the document goes on, or {row} where a new one starts. Rows count "
-            f"from the piece's first, and the state has read {state.offset[stream].item()} rows of the running "
-            "document: make the piece's starts with state.document_start or piece_document_start"
+            f"{where} is {found}: it must be {allowed}. Rows count from the first of the packed sequence, where a "
+            "document starts; a piece of a longer one needs its state"
         )
+    raise StateError(
+        f"{where} is {found}: it must be {kept} where the document goes on, or {row} where a new one starts. Rows "
+        f"count from the piece's first, and the state has read {state.offset[stream].item()} rows of the running "
+        "document: make the piece's starts with state.document_start or piece_document_start"
+    )
 
 
 def _shapes(spec: MahaSpec, *, streams: int, n: int, g: int, d: int, rewind_rows: int) -> dict[str, tuple[int, ...]]:
