@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     """Do what the command line asks for; the exit code."""
     config = load_config(options.config, options.overrides)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.allow_program is not None:  # looking needs no permission, but one for something else is a mistake
+        programs.allowed_program(config, options.allow_program)
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0

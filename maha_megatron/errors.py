@@ -21,7 +21,7 @@ class CheckpointError(MahaError, RuntimeError):
 
 
 class StateError(MahaError, ValueError):
-    """A state of attention that does not fit the rows or the request that it meets."""
+    """A state of attention, or the document starts beside it, that does not fit the rows or the request it meets."""
 
 
 class TrainingError(MahaError, RuntimeError):

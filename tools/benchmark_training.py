@@ -4,9 +4,18 @@ r"""Train several architectures under the same settings and compare speed, memor
         --set "data.train=[{prefix: data/corpus_text_document}]" --set data.tokenizer=data/tokenizer.model
 
 Every model runs launch/pretrain.py in a process of its own, on the same data in the same order. Speeds and times are
-medians over the steps after the first fifth, in which the warm-up is kept; gradient norms are over all steps, and the
-last column sets their median against that of the first model with as many tokens a step. A loss that is not a number
-ends the benchmark. Results go to tools/results/ as Markdown and JSON, raw rows included.
+medians over the steps after the first fifth, in which the warm-up is kept; gradient norms are over all steps, and
+"against the first" sets their median against that of the first model with as many tokens a step. A loss that is not a
+number ends the benchmark. Results go to tools/results/ as Markdown and JSON, raw rows included.
+
+Three columns judge each model, "met" or "MISSED": its loss falls (the median of the last tenth of the steps is below
+that of the first tenth; in fewer than 20 steps, the last below the first), every number of it is finite, and its median
+gradient norm is within 3 x of the first model's with as many tokens a step, up or down.
+
+exit codes:
+  0   every model ran and meets all three
+  1   one of them is missed (the result files are written)
+  2   an error that names what to change, or a run that failed
 
 Every aggregation on the quickstart's corpus, 100 steps each (stated programs 5 steps of 64 tokens, beside the mean):
 
@@ -39,12 +48,15 @@ from maha_megatron.config.load import load_config
 from maha_megatron.errors import ConfigError, MahaError
 from maha_megatron.train.result_files import markdown_table, write_result
 from maha_megatron.train.trials import Trial, column, run_side_by_side, warmup_settings
+from maha_megatron.train.verdicts import VERDICTS, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
+EXIT_MISSED, EXIT_USER_ERROR = 1, 2
 
 HEADER = (
     "model", "tokens/s", "ms a step", "TFLOP/s a device", "MFU %", "peak memory GiB", "loss, first step",
     "loss, last step", "validation loss", "missed solves", "gradient norm, median", "largest", "against the first",
+    *VERDICTS,
 )  # fmt: skip
 
 
@@ -99,6 +111,7 @@ def summary(model: str, rows: list[dict[str, float]], first: list[dict[str, floa
         statistics.median(norms),
         max(norms),
         statistics.median(norms) / statistics.median(first_norms),
+        *("met" if met else "MISSED" for met in verdicts(rows, first).values()),
     ]
 
 
@@ -118,8 +131,8 @@ def planned(arguments: argparse.Namespace, model: str, *own: str) -> Trial:
     return Trial(name=name, config=config, settings=settings, processes=arguments.processes, allow_program=allowed)
 
 
-def main() -> None:
-    """Run every model, print and write the table."""
+def main() -> int:
+    """Run every model, print and write the table; the exit code."""
     arguments = parse_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     trials = [planned(arguments, *model.split()) for model in arguments.models]
@@ -139,10 +152,12 @@ def main() -> None:
     text += f"\n\nSize {arguments.size}, {arguments.steps} steps, settings: " + " ".join(arguments.set)
     paths = write_result(arguments.results, "benchmark_training", text=text, data={"runs": raw})
     print(text, *paths, sep="\n")
+    return EXIT_MISSED if any("MISSED" in row for row in table) else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except MahaError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

@@ -52,12 +52,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--config needs --masks")
     if options.checkpoint and not options.text:
         parser.error("--checkpoint needs --text")
-    strangers = (
-        ("masks", "rows", "documents", "set") if options.checkpoint else ("text", "tokens", "tokenizer", "output")
-    )
+    if options.checkpoint:
+        source, strangers = "checkpoint", ("masks", "rows", "documents", "width", "set")
+    else:
+        source, strangers = "config", ("text", "tokens", "tokenizer", "output", "allow_program")
     for name in strangers:
-        if getattr(options, name):
-            parser.error(f"--{name} does not go with --{'checkpoint' if options.checkpoint else 'config'}")
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does not go with --{source}")
+    if options.tokens is not None and options.tokens < 1:
+        parser.error("--tokens needs at least 1")
     return options
 
 

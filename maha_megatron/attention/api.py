@@ -56,22 +56,23 @@ def maha_attention(
     Args:
         q_tnd, k_tgd, v_tgd: raw projections [t, n, d] and [t, g, d], float64, float32 or bfloat16, strided views
             welcome: before convolution, normalisation and rotation. d is even, g divides n.
-        document_start_t: [t] int32 or int64, the row where each row's document starts.
+        document_start_t: [t] int32 or int64, the row where each row's document starts. A wrong one gives wrong
+            positions and blocks of the wrong rows: on a CPU it is refused, elsewhere nothing would tell.
         parameters: learned tensors as `maha_parameter_specs` names and shapes them, in any floating dtype.
         spec: the numbers of the operator.
         backend: implementation by name (dispatch.py).
         with_weights: also return the weight of each scale by row and head.
         state: of the B streams whose next pieces, of equal length and stream after stream, the rows are; t is then B
             times that length. Rows of each piece count from 0, so the document that a stream goes on with starts at
-            row -offset; `state.document_start` and `piece_document_start` (state.py) say it. A wrong start gives wrong
-            positions and blocks of the wrong rows: on a CPU it is refused, elsewhere nothing would tell.
+            row -offset; `state.document_start` and `piece_document_start` (state.py) say it.
 
     Returns:
         MahaOutput. A row's output depends on rows of its document up to itself and on nothing else.
 
     Raises:
         ConfigError: there is no such backend; a state with pooled queries.
-        StateError: document_start_t does not go on where the state ends (checked on a CPU).
+        StateError: document_start_t names a row where no document can start, or does not go on where the state ends
+            (checked on a CPU).
         UnsolvedProgram: the stated program has no solution for a row and head, which it names.
 
     Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
@@ -83,11 +84,12 @@ def maha_attention(
     _check_parameters(parameters, maha_parameter_specs(spec, n=n, g=g, d=d))
     operators = backend_named(backend)
     if state is None:
+        check_document_start(document_start_t)
         attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
         return _output([attended], with_weights, None)
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
-    check_document_start(state, document_start_t)
+    check_document_start(document_start_t, state)
     by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
@@ -167,10 +169,12 @@ def dense_attention(
 
     Raises:
         ConfigError: there is no such backend.
+        StateError: document_start_t names a row where no document can start (checked on a CPU).
 
     Sharding: heads and groups are this rank's; nothing is exchanged between ranks.
     """
     _check_inputs(q_tnd, k_tgd, v_tgd, document_start_t)
+    check_document_start(document_start_t)
     n, g, d = q_tnd.shape[1], k_tgd.shape[1], q_tnd.shape[2]
     _check_parameters(parameters, dense_parameter_specs(spec, n=n, g=g, d=d))
     operators = backend_named(backend)

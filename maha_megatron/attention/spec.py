@@ -6,20 +6,47 @@ L scales, r ratio; under tensor parallelism n and g are the local ones, and ever
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 
+from maha_megatron.errors import ConfigError, ProgramError
+
 COUPLING_AT_START = 0.1
+
+# The one table of choices of the operator; config/schema.py offers the same (a test holds the two equal).
+CHOICES = {
+    "downsampling": ("gated", "conv", "mean", "max"),
+    "queries": ("full", "pooled"),
+    "aggregation": ("convex", "nash", "mean", "program"),
+    "regularizer": ("entropy", "quadratic"),
+    "coupling": ("none", "gram"),
+}
+# aggregation -> what it does not read, and why; config/rules.py refuses the same
+NOT_READ = {
+    "convex": (("program",), "only aggregation: program runs it"),
+    "nash": (("program",), "only aggregation: program runs it"),
+    "mean": (("regularizer", "coupling", "lse_utility", "program"), "equal weights depend on nothing"),
+    "program": (("regularizer",), "the program states its own"),
+}
+
+
+def absent_program(*_, **__) -> None:
+    """Stands for the program of a spec whose shapes alone matter (counts, initial values, a model on "meta")."""
+    raise ProgramError(
+        "this layer was built with absent_program, for its shapes alone: give its MahaSpec the program to run it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MahaSpec:
-    """The numbers of a MAHA layer; README.md of this folder says what each means.
+    """The numbers of a MAHA layer; README.md of this folder says what each means, CHOICES what a name may be.
 
-    downsampling "gated", "conv", "mean" or "max"; queries "full" or "pooled"; aggregation "convex", "nash", "mean" or
-    "program"; regularizer "entropy" or "quadratic"; coupling "none" or "gram". `program`, for
-    aggregation "program", is a StatedProgram (aggregation/stated_program.py) or a function that is called like one.
+    `program`, for aggregation "program", is a StatedProgram (aggregation/stated_program.py), a function that is called
+    like one, or `absent_program` where nothing will be solved.
+
+    Raises:
+        ConfigError: there is no such choice; an option without effect beside the aggregation; a program is missing.
     """
 
     ratio: int
@@ -35,6 +62,24 @@ class MahaSpec:
     convolution: bool = True
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                choices = ", ".join(f'"{choice}"' for choice in known)
+                raise ConfigError(f"{name}={getattr(self, name)!r} is none of the choices; use one of {choices}")
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        names, why = NOT_READ[self.aggregation]
+        unused = [name for name in names if getattr(self, name) != defaults[name]]
+        if unused:
+            raise ConfigError(
+                f'{", ".join(unused)}: no effect with aggregation="{self.aggregation}" ({why}); remove, or use '
+                "another aggregation"
+            )
+        if self.aggregation == "program" and self.program is None:
+            raise ConfigError(
+                'aggregation="program" needs program: a StatedProgram, or absent_program where only shapes matter'
+            )
 
     @property
     def scales(self) -> int:

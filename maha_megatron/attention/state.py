@@ -25,6 +25,7 @@ import torch
 from maha_megatron.attention.convolution.naive import DILATION, KERNEL
 from maha_megatron.attention.slots import first_slot_of, visible_slots
 from maha_megatron.attention.spec import MahaSpec
+from maha_megatron.attention.state_identity import differences, identity
 from maha_megatron.errors import ConfigError, StateError
 from maha_megatron.scales import stride
 
@@ -47,6 +48,7 @@ class MahaState:
         offset: int64 [B], rows of the running document so far; 0 before the first row of a document.
         rewindable: int64 [B], how many rows `cut_back` can take back now.
         ratio, windows: as in the spec.
+        operator: numbers that tell the operator from another one (state_identity.py).
 
     Sharding: n and g are those of this rank; every tensor but the counts is sharded along its heads.
     """
@@ -57,6 +59,7 @@ class MahaState:
     rewindable: torch.Tensor
     ratio: int
     windows: tuple[int, ...]
+    operator: tuple[int, ...]
 
     @classmethod
     def initial(
@@ -101,9 +104,15 @@ class MahaState:
         """The state that `tensors()` took apart.
 
         Raises:
-            StateError: names or shapes are not those of a state of `spec`.
+            StateError: it was saved under another operator, or names or shapes are not those of a state of `spec`.
         """
-        expected = {f"entries.{scale}" for scale in range(spec.scales)} | {"offset", "rewindable"}
+        if "operator" in tensors:
+            different = differences(tensors["operator"].flatten().tolist(), spec)
+            if different:
+                raise StateError(
+                    f"this state is not of this layer: {different}; restore it with the spec that it was saved under"
+                )
+        expected = {f"entries.{scale}" for scale in range(spec.scales)} | {"operator", "offset", "rewindable"}
         expected |= {"rows"} if spec.convolution else set()
         if tensors.keys() != expected or tensors["entries.0"].ndim != 5:
             raise StateError(
@@ -126,7 +135,7 @@ class MahaState:
 
     @classmethod
     def _of(cls, tensors: dict[str, torch.Tensor], numbers: "MahaSpec | MahaState") -> "MahaState":
-        """From tensors by name, with the ratio and windows of a spec or of another state."""
+        """From tensors by name, with what a spec or another state says of the operator."""
         return cls(
             entries=tuple(tensors[f"entries.{scale}"] for scale in range(len(numbers.windows))),
             rows=tensors.get("rows"),
@@ -134,11 +143,16 @@ class MahaState:
             rewindable=tensors["rewindable"],
             ratio=numbers.ratio,
             windows=numbers.windows,
+            operator=numbers.operator if isinstance(numbers, MahaState) else identity(numbers),
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, detached and contiguous, none sharing memory: what safetensors saves."""
-        return {name: tensor.detach().contiguous() for name, tensor in self._named().items()}
+        """Every tensor by name, detached and contiguous, none sharing memory: what safetensors saves.
+
+        One of them, `operator`, int64 on the CPU, is no part of any stream: it says under which spec this was saved.
+        """
+        named = self._named() | {"operator": torch.tensor(self.operator, dtype=torch.int64)}
+        return {name: tensor.detach().contiguous() for name, tensor in named.items()}
 
     def _named(self) -> dict[str, torch.Tensor]:
         named = {f"entries.{scale}": entry for scale, entry in enumerate(self.entries)}
@@ -314,9 +328,7 @@ def check_state(state: MahaState, spec: MahaSpec, q: torch.Tensor, k: torch.Tens
     """Asserts that the state is one of this layer and these inputs [B * t, ...]."""
     refuse_pooled_queries(spec)
     (rows, n, d), g = q.shape, k.shape[1]
-    of_state, of_spec = (state.ratio, state.windows), (spec.ratio, spec.windows)
-    assert of_state == of_spec, f"the state's ratio and windows are {of_state}, the layer's {of_spec}"
-    assert (state.rows is not None) == spec.convolution, "the state was made for a layer whose convolution differs"
+    assert state.operator == identity(spec), f"the state is of another layer: {differences(state.operator, spec)}"
     assert rows % state.streams == 0, f"{rows} rows are not pieces of equal length of {state.streams} streams"
     shapes = _shapes(spec, streams=state.streams, n=n, g=g, d=d, rewind_rows=state.rewind_rows)
     named = state._named()
@@ -326,25 +338,40 @@ def check_state(state: MahaState, spec: MahaSpec, q: torch.Tensor, k: torch.Tens
         assert found == wanted, f"{name} of the state is {found}, the keys are {wanted}: move it with state.to(...)"
 
 
-def check_document_start(state: MahaState, document_start_t: torch.Tensor) -> None:
-    """Each row of each stream's piece goes on with its document or starts one; on a CPU, where looking costs nothing.
+def check_document_start(document_start_t: torch.Tensor, state: MahaState | None = None) -> None:
+    """Each row goes on with its document or starts one; looked at on a CPU only, where that costs next to nothing.
+
+    Without a state the first row starts one; else each stream's piece may go on with the document of its state.
 
     Raises:
         StateError: some row does neither. Such a start would give wrong positions, and blocks of the wrong rows.
     """
-    if document_start_t.device.type != "cpu" or state.offset.device.type != "cpu":
+    if document_start_t.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    start = document_start_t.view(state.streams, -1)
-    goes_on = torch.cat((-state.offset[:, None], start[:, :-1]), dim=1)
+    if state is None:
+        start, before = document_start_t[None], document_start_t.new_zeros(1, 1)
+    elif state.offset.device.type == "cpu":
+        start, before = document_start_t.view(state.streams, -1), -state.offset[:, None]
+    else:
+        return
+    goes_on = torch.cat((before, start[:, :-1]), dim=1)
     wrong = ((start != goes_on) & (start != torch.arange(start.shape[1]))).nonzero()
-    if len(wrong):
-        stream, row = wrong[0].tolist()
+    if not len(wrong):
+        return
+    stream, row = wrong[0].tolist()
+    found, kept = start[stream, row].item(), goes_on[stream, row].item()
+    where = f"document_start of row {row}" + ("" if state is None else f" of stream {stream}")
+    if state is None:
+        allowed = f"{kept} where the document goes on, or {row} where a new one starts" if row else "0"
         raise StateError(
-            f"document_start of row {row} of stream {stream} is {start[stream, row].item()}: it must be "
-            f"{goes_on[stream, row].item()} where the document goes on, or {row} where a new one starts. Rows count "
-            f"from the piece's first, and the state has read {state.offset[stream].item()} rows of the running "
-            "document: make the piece's starts with state.document_start or piece_document_start"
+            f"{where} is {found}: it must be {allowed}. Rows count from the first of the packed sequence, where a "
+            "document starts; a piece of a longer one needs its state"
         )
+    raise StateError(
+        f"{where} is {found}: it must be {kept} where the document goes on, or {row} where a new one starts. Rows "
+        f"count from the piece's first, and the state has read {state.offset[stream].item()} rows of the running "
+        "document: make the piece's starts with state.document_start or piece_document_start"
+    )
 
 
 def _shapes(spec: MahaSpec, *, streams: int, n: int, g: int, d: int, rewind_rows: int) -> dict[str, tuple[int, ...]]:

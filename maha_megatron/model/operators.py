@@ -5,7 +5,7 @@ from collections.abc import Callable
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from maha_megatron.attention.aggregation.stated_program import load_program
-from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from maha_megatron.attention.spec import DenseSpec, MahaSpec, absent_program
 from maha_megatron.config.derive import maha_windows
 from maha_megatron.config.programs import allowed_program
 from maha_megatron.config.schema import Config
@@ -39,7 +39,12 @@ def stated_program(config: Config, allowed: str | None) -> Callable | None:
 
 
 def maha_spec(config: Config, program: Callable | None = None) -> MahaSpec:
-    """The numbers of a MAHA layer, and the program that `stated_program` loaded where a forward pass needs one."""
+    """The numbers of a MAHA layer, with the program that `stated_program` loaded.
+
+    Without it, where the configuration states one, the spec is good for shapes only (`absent_program`).
+    """
+    if program is None and config.maha.aggregation == "program":
+        program = absent_program
     return MahaSpec(
         ratio=config.maha.ratio,
         windows=maha_windows(config),

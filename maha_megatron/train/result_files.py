@@ -1,5 +1,6 @@
 """Dated records of measurements: JSON for machines and Markdown for people, with what it takes to repeat them."""
 
+import contextlib
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Write <tool>_<hardware>_<date>.md and .json.
+    """Write <tool>_<hardware>_<date>.md and .json; where that name is taken, with -2, -3 ... behind the date.
 
     Args:
         folder: usually tools/results.
@@ -45,13 +46,26 @@ def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any])
     today = date.today().isoformat()
     command = shlex.join(["python", *sys.argv])
     slug = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
-    stem = folder / f"{tool}_{slug}_{today}"
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"tool": tool, "date": today, "hardware": hardware(), "versions": versions(), "command": command, **data}
-    json_path, text_path = stem.with_suffix(".json"), stem.with_suffix(".md")
-    replace_text(json_path, json.dumps(record, separators=(",", ":")) + "\n")
+    record_text = json.dumps(record, separators=(",", ":")) + "\n"
+    text_path, json_path = _free_paths(folder, f"{tool}_{slug}_{today}")
+    replace_text(json_path, record_text)
     facts = [f"- {name}: {record[name]}" for name in ("date", "hardware")]
     facts.append("- versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
     facts.append(f"- again: `{command}`")
     replace_text(text_path, "\n".join([f"# {tool}", "", *facts, "", text.strip(), ""]))
     return text_path, json_path
+
+
+def _free_paths(folder: Path, name: str) -> tuple[Path, Path]:
+    """Markdown and JSON path that nothing has yet; the JSON file is made at once, so that no other process takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number, stem = 1, name
+    while True:
+        text_path, json_path = folder / f"{stem}.md", folder / f"{stem}.json"
+        if not text_path.exists():
+            with contextlib.suppress(FileExistsError):
+                json_path.touch(exist_ok=False)
+                return text_path, json_path
+        number += 1
+        stem = f"{name}-{number}"

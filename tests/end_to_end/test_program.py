@@ -7,6 +7,7 @@ import pytest
 
 from maha_megatron.train.metrics import METRICS, read_rows
 from tests.support.runs import (
+    ROOT,
     corpus,  # noqa: F401 (a fixture)
     pretrain,
     tool,
@@ -73,6 +74,19 @@ def test_without_permission_nothing_is_imported(kind: str, ranks: int, config: P
 def test_looking_at_a_configuration_needs_no_permission_and_runs_nothing(config: Path, tmp_path: Path) -> None:
     assert f"program: '{NAME}'" in tool("launch/pretrain.py", "--config", config, "--print-config")
     assert "parameters" in tool("launch/pretrain.py", "--config", config, "--dry-run")
+    assert not (tmp_path / "note").exists()
+
+
+@pytest.mark.parametrize("look", ["--print-config", "--dry-run"])
+def test_a_permission_without_effect_is_refused_where_nothing_runs_too(look: str, config: Path, tmp_path: Path) -> None:
+    command = ("launch/pretrain.py", look, "--config")
+    output = tool(*command, ROOT / "configs/model/maha.yaml", "--allow-program", "nowhere:build", expected=2)
+    assert output.strip() == (
+        "error: --allow-program nowhere:build: no effect, since no layer has maha.aggregation: program; remove it"
+    )
+    output = tool(*command, config, "--allow-program", "nowhere:build", expected=2)
+    assert "is not what maha.program names" in output
+    tool(*command, config, "--allow-program", NAME)
     assert not (tmp_path / "note").exists()
 
 

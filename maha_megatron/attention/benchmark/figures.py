@@ -1,9 +1,10 @@
 """From measured rows to the figures that are judged: speed-ups, memory ratios, growth per doubling, and the goals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from maha_megatron.attention.benchmark.subjects import DENSE, OURS
+from maha_megatron.attention.benchmark.subjects import DENSE, OURS, Setting
+from maha_megatron.attention.spec import MahaSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,20 @@ class Goal:
     met: bool
 
 
+GOAL_SETTING = Setting(operator=MahaSpec(ratio=4, windows=(), convolution=False), heads=8, groups=8, width=64)
+GOAL_SETTING_NAME = "8 heads x 64, the default operator without convolution, on a CPU"
 LEAST_SPEEDUP = {4096: 1.0, 8192: 2.5, 16384: 5.0}
 MOST_MEMORY = {16384: 2.0}
 MOST_GROWTH, GROWTH_FROM = 2.3, 4096
 
 
-def goals(rows: Sequence[Row]) -> list[Goal]:
-    """The goals of the operator on a CPU (8 heads x 64, default path) that these rows can answer."""
+def goals(setting: Setting, rows: Sequence[Row]) -> list[Goal]:
+    """The goals that these rows can answer, all of their lengths measured; none in another setting than GOAL_SETTING.
+
+    The number of threads is free: it is the same on both sides.
+    """
+    if replace(setting, threads=GOAL_SETTING.threads) != GOAL_SETTING:
+        return []
     found = []
     for row in rows:
         speedup, memory, place = row.speedup(), row.memory_ratio(), f"{row.dtype}, {row.rows} tokens"

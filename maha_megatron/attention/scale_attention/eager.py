@@ -40,7 +40,8 @@ def attend(
     if spec.scales == 1:  # one scale weighs 1, and a block of one row is that row
         joint = spec
     elif spec.queries == "full" and spec.aggregation == "mean":
-        joint = dataclasses.replace(spec, lse_utility=False)  # without any utility the softmax is 1 / |F|
+        # without any utility the softmax is 1 / |F|
+        joint = dataclasses.replace(spec, aggregation="convex", lse_utility=False)
     else:
         joint = spec if spec.queries == "full" and spec.joint_softmax else None
     if joint is not None:

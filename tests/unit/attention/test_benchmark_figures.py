@@ -1,9 +1,11 @@
 """What is judged follows from what was measured."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from maha_megatron.attention.benchmark.figures import Row, goals, growth
+from maha_megatron.attention.benchmark.figures import GOAL_SETTING, Row, goals, growth
 from maha_megatron.attention.benchmark.measure import peak_bytes, times_s
 from maha_megatron.attention.benchmark.subjects import SUBJECTS, Setting, draw_inputs
 from maha_megatron.attention.spec import MahaSpec
@@ -29,7 +31,7 @@ def test_goals_are_met_or_missed():
         row(16384, 5.2, 30.0, peaks={"maha": 30, "sdpa": 10}),
         row(32768, 10.0),
     ]
-    found = {goal.text: goal.met for goal in goals(rows)}
+    found = {goal.text: goal.met for goal in goals(GOAL_SETTING, rows)}
     assert found == {
         "fp32, 4096 tokens: speed-up >= 1.0": True,
         "fp32, 8192 tokens: speed-up >= 2.5": False,
@@ -39,6 +41,25 @@ def test_goals_are_met_or_missed():
         "fp32, 16384 tokens: time <= 2.3 x half of them": False,
         "fp32, 32768 tokens: time <= 2.3 x half of them": True,
     }
+
+
+def test_another_setting_has_no_goals():
+    rows, operator = [row(4096, 1.0, 0.5)], GOAL_SETTING.operator
+    assert not any(goal.met for goal in goals(GOAL_SETTING, rows))
+    assert len(goals(dataclasses.replace(GOAL_SETTING, threads=1), rows)) == 1
+    others = [
+        {"heads": 16},
+        {"groups": 1},
+        {"width": 128},
+        {"windows": (128, 112, 124, 64)},
+        {"backend": "naive"},
+        {"device": "cuda"},
+        {"operator": dataclasses.replace(operator, convolution=True)},
+        {"operator": dataclasses.replace(operator, regularizer="quadratic")},
+        {"operator": dataclasses.replace(operator, ratio=2)},
+    ]
+    for other in others:
+        assert goals(dataclasses.replace(GOAL_SETTING, **other), rows) == [], other
 
 
 def test_subjects_take_turns_and_memory_is_that_of_the_pass():

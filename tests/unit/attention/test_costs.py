@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import unittest.mock
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ class Watch(TorchDispatchMode):
 
 def forward_and_backward(case: Case, backend: str = "eager") -> Watch:
     values = leaves(case, torch.float32)
-    with Watch() as watch:
+    # on a CPU the document starts are looked at, since that costs nothing there; a GPU's are not
+    with unittest.mock.patch.object(api, "check_document_start"), Watch() as watch:
         attend(case, values, backend)["out"].sum().backward()
     return watch
 
@@ -66,7 +68,7 @@ def test_pieces_read_nothing_back(monkeypatch):
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     for looked in (True, False):
         if not looked:
-            monkeypatch.setattr(api, "check_document_start", lambda state, document_start_t: None)
+            monkeypatch.setattr(api, "check_document_start", lambda *_: None)
         state = MahaState.initial(spec, streams=1, n=2, g=1, d=16, dtype=torch.float32, rewind_rows=5)
         with Watch() as watch:
             for first, stop in itertools.pairwise((0, 100, 101, 305, 510)):

@@ -29,7 +29,7 @@ def with_program(regularizer: str, coupling: str, **changes) -> Case:
     program = StatedProgram(
         lambda m: stated(m, regularizer, coupled=coupled), scales=len(WINDOWS), coupled=coupled, name="stated"
     )
-    return case(regularizer, coupling, "program", program=program, **changes)
+    return case("entropy", coupling, "program", program=program, **changes)  # a program reads no regularizer
 
 
 def results(case: Case, backend: str, device: str = "cpu") -> dict[str, torch.Tensor]:

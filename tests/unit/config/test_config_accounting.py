@@ -6,7 +6,13 @@ import math
 import pytest
 
 from maha_megatron import scales
-from maha_megatron.attention.spec import DenseSpec, MahaSpec, dense_parameter_specs, maha_parameter_specs
+from maha_megatron.attention.spec import (
+    DenseSpec,
+    MahaSpec,
+    absent_program,
+    dense_parameter_specs,
+    maha_parameter_specs,
+)
 from maha_megatron.config import accounting
 from maha_megatron.config.load import config_from_dict, load_fragments
 
@@ -57,7 +63,8 @@ def test_operator_parameters_are_the_operators(maha, dense):
     tree = config(model={"layers": 3, "attention": ["maha", "maha", "dense"]}, maha=maha, dense=dense)
     windows = tuple(maha.get("windows") or scales.default_windows(4096, tree.maha.ratio))
     chosen = {key: value for key, value in maha.items() if key not in ("windows", "full_reach", "ratio", "program")}
-    spec = MahaSpec(ratio=tree.maha.ratio, windows=windows, **chosen)
+    program = absent_program if "program" in maha else None
+    spec = MahaSpec(ratio=tree.maha.ratio, windows=windows, program=program, **chosen)
     dense_spec = DenseSpec(qk_norm=tree.dense.qk_norm, convolution=tree.dense.convolution)
     shape = {"n": 12, "g": 4, "d": 64}
     tensors = [*maha_parameter_specs(spec, **shape).values()] * 2 + [

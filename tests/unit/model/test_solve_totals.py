@@ -5,6 +5,7 @@ import torch
 
 from maha_megatron.attention.aggregation.solvers import SolveReport
 from maha_megatron.attention.aggregation.stated_program import UnsolvedProgram
+from maha_megatron.attention.spec import absent_program
 from maha_megatron.errors import ConfigError, ProgramError
 from maha_megatron.model import maha_core_attention
 from maha_megatron.model.gpt import build_gpt
@@ -89,4 +90,7 @@ def test_a_program_is_loaded_only_when_allowed_and_never_forgotten():
     assert stated_program(tiny_config(), None) is None
     model = build_gpt(config, device="cpu", program=stated_program(config, config.maha.program))
     assert callable(model.layers[0].self_attention.core_attention.spec.program)
-    assert build_gpt(config, device="meta").layers[0].self_attention.core_attention.spec.program is None
+    shapes_only = build_gpt(config, device="meta").layers[0].self_attention.core_attention.spec
+    assert shapes_only.program is absent_program
+    with pytest.raises(ProgramError, match="give its MahaSpec the program"):
+        shapes_only.program(torch.zeros(1, 3), None, torch.ones(1, 3, dtype=torch.bool))

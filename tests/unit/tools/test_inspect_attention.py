@@ -66,6 +66,22 @@ def test_what_cannot_be_drawn_is_one_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--allow-program", ["x:y"]),
+        ("--tokens", ["0"]),
+        ("--text", [""]),
+        ("--output", ["x"]),
+        ("--tokenizer", ["x"]),
+    ],
+)
+def test_options_of_a_checkpoint_do_not_go_with_masks(option, values):
+    done = masks("configs/model/maha.yaml", option, *values)
+    assert done.returncode == 2
+    assert f"{option} does not go with --config" in done.stderr
+
+
 def configuration(corpus, **changes):  # noqa: F811
     settings = {"model__vocabulary": 512, "data__tokenizer": str(corpus / "tokenizer.model")}
     return tiny_config(**(settings | changes))
@@ -144,6 +160,12 @@ def test_short_texts_and_wrong_paths(game, text, tmp_path):
         (("--checkpoint", game, "--text", tmp_path / "missing"), "cannot be read"),
         (("--checkpoint", game), "--checkpoint needs --text"),
         (("--checkpoint", game, "--text", text, "--rows", 3), "--rows does not go with --checkpoint"),
+        (("--checkpoint", game, "--text", text, "--rows", 0), "--rows does not go with --checkpoint"),
+        (("--checkpoint", game, "--text", text, "--width", 50), "--width does not go with --checkpoint"),
+        (("--checkpoint", game, "--text", text, "--masks"), "--masks does not go with --checkpoint"),
+        (("--checkpoint", game, "--text", text, "--set", "a.b=1"), "--set does not go with --checkpoint"),
+        (("--checkpoint", game, "--text", text, "--tokens", 0), "--tokens needs at least 1"),
+        (("--checkpoint", game, "--text", text, "--allow-program", "a:b"), "--allow-program a:b: no effect"),
     ):
         output = tool(SCRIPT, *arguments, expected=2)
         assert message in output

@@ -30,3 +30,21 @@ def test_both_files_say_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert text.endswith("\n| a |\n")
     assert text_path.stem == data_path.stem
     assert sorted(path.suffix for path in (tmp_path / "results").iterdir()) == [".json", ".md"]
+
+
+def test_a_second_result_of_a_day_stands_beside_the_first(tmp_path: Path) -> None:
+    written = [write_result(tmp_path, "speed", text=f"run {run}", data={"run": run}) for run in (1, 2, 3)]
+    stem = written[0][0].stem
+    assert [path.stem for paths in written for path in paths] == [stem] * 2 + [f"{stem}-2"] * 2 + [f"{stem}-3"] * 2
+    for run, (text_path, data_path) in enumerate(written, start=1):
+        assert json.loads(data_path.read_text())["run"] == run
+        assert text_path.read_text().endswith(f"run {run}\n")
+    written[1][1].unlink()  # half of a result is one still
+    assert write_result(tmp_path, "speed", text="", data={})[0].stem == f"{stem}-4"
+    assert written[1][0].read_text().endswith("run 2\n")
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_result(tmp_path, "speed", text="", data={"run": object()})
+    assert list(tmp_path.iterdir()) == []
