@@ -125,6 +125,11 @@ class _Equilibrium(torch.autograd.Function):
         matrix_llp, scaling_lp, weight_lp = ctx.saved_tensors
         grad_lp = batch_last(grad_weights)
         grad_payoff_lp = solve_tangent(matrix_llp.transpose(0, 1), scaling_lp, grad_lp, refine=True)
+        # a change of all payoffs alike changes nothing: take out what rounding left in that direction, scale by scale
+        # as D^2, so that a scale of little or no weight gets little or nothing
+        share_lp = scaling_lp.square()
+        share_lp /= share_lp.sum(0).clamp_min(torch.finfo(share_lp.dtype).tiny)
+        grad_payoff_lp -= share_lp * grad_payoff_lp.sum(0)
         grad_payoff = grad_payoff_lp.t().reshape(grad_weights.shape)
         grad_matrix = None
         if ctx.needs_input_grad[0]:

@@ -1,5 +1,7 @@
 """Causality of every aggregation and of pooled queries: zeros of the Jacobian, poisoned futures, planted leaks."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
@@ -9,10 +11,19 @@ from maha_megatron.attention.scale_attention import eager_pooled
 from maha_megatron.attention.slots import visible_slots
 from maha_megatron.attention.spec import MahaSpec
 from tests.support.attention import FAST_BACKENDS, Case, attend, every_aggregation, leaves, start_rows
-from tests.unit.attention.test_causality import check_changed_tokens, check_jacobian
+from tests.unit.attention.test_causality import check_changed_tokens, check_infeasible_scales, check_jacobian
 
 OPTIONS = pytest.mark.parametrize(
     "options", every_aggregation(), ids=lambda options: "-".join(map(str, options.values()))
+)
+PYRAMIDS = pytest.mark.parametrize(
+    "options",
+    [
+        {"downsampling": downsampling, "key_map": key_map}
+        for downsampling in ("gated", "conv", "mean", "max")
+        for key_map in (False, True)
+    ],
+    ids=lambda options: f"{options['downsampling']}{'-key_map' * options['key_map']}",
 )
 LENGTHS = (21, 1, 47, 9)
 CUTS = (20, 40, 68, 75)
@@ -38,12 +49,24 @@ def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(backend, options)
     check_changed_tokens(a_case(options), backend, [0, 20, 21, 22, 37, 38, 53, 68, 69], sparse=is_sparse(options))
 
 
-def check_poisoned(case: Case, backend: str, poison) -> None:
+@OPTIONS
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_loud_token_leaves_earlier_rows_bitwise_unchanged(backend, options):
+    check_changed_tokens(a_case(options), backend, [0, 1, 20, 21, 24, 38, 53, 69], loud=True)
+
+
+@OPTIONS
+@pytest.mark.parametrize("backend", ["naive", *FAST_BACKENDS])
+def test_infeasible_scales_hold_exactly_nothing(backend, options):
+    check_infeasible_scales(a_case(options), backend)
+
+
+def check_poisoned(case: Case, backend: str, poison, cuts: Sequence[int] = CUTS) -> None:
     """Rows of a document up to a cut stay bitwise the same if all that they must not see is replaced by `poison`."""
     values = {name: value.detach() for name, value in leaves(case, torch.float32).items()}
     before = attend(case, values, backend)["out"]
     starts = start_rows(case.lengths)
-    for cut in CUTS:
+    for cut in cuts:
         seen = (starts == starts[cut]) & (torch.arange(len(starts)) <= cut)
         changed = dict(values)
         for name in "qkv":
@@ -54,16 +77,36 @@ def check_poisoned(case: Case, backend: str, poison) -> None:
         assert not torch.equal(after, before)
 
 
+def not_a_number(x: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(x, torch.nan)
+
+
+def huge_values() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Random values up to 1e4."""
+    generator = torch.Generator().manual_seed(3)
+    return lambda x: 1e4 * (2 * torch.rand(x.shape, generator=generator) - 1)
+
+
 @OPTIONS
 def test_naive_survives_not_a_number_in_the_future_and_in_other_documents(options):
-    check_poisoned(a_case(options), "naive", lambda x: torch.full_like(x, torch.nan))
+    check_poisoned(a_case(options), "naive", not_a_number)
 
 
 @OPTIONS
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_huge_values_in_the_future_and_in_other_documents_change_nothing(backend, options):
-    generator = torch.Generator().manual_seed(3)
-    check_poisoned(a_case(options), backend, lambda x: 1e4 * (2 * torch.rand(x.shape, generator=generator) - 1))
+    check_poisoned(a_case(options), backend, huge_values())
+
+
+@PYRAMIDS
+def test_naive_survives_not_a_number_with_every_pyramid(options):
+    check_poisoned(a_case(options), "naive", not_a_number)
+
+
+@PYRAMIDS
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_huge_values_change_nothing_with_every_pyramid(backend, options):
+    check_poisoned(a_case(options), backend, huge_values())
 
 
 def caught(case: Case) -> None:

@@ -11,6 +11,7 @@ from tests.support.attention import (
     PACKED,
     Case,
     assert_close,
+    assert_equals_reference,
     assert_within_twice_of_plain,
     leaves,
     reference,
@@ -59,7 +60,22 @@ DENSE_CASES = [
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_forward_and_every_gradient_equal_the_reference(case, backend, dtype, tolerance):
-    assert_close(results(case, backend, dtype), reference(case), tolerance)
+    assert_equals_reference(case, backend, dtype, tolerance)
+
+
+def test_the_comparison_sees_a_small_error_of_a_small_result():
+    """Also beside large ones; what the naive form misses as well may be missed twice as far."""
+    expected = {"large": torch.tensor([9.0, -3.0]), "small": torch.tensor([1e-3, 2e-4]), "nothing": torch.tensor(1e-15)}
+    expected = {name: value.double() for name, value in expected.items()}
+    off = expected | {"small": expected["small"] + 2e-8}
+    with pytest.raises(AssertionError, match=r"'small': 1\.99"):
+        assert_close(off, expected, 1e-5)
+    assert_close(off, expected, 1e-5, lambda: expected | {"small": expected["small"] - 1.1e-8})
+    with pytest.raises(AssertionError, match="small"):
+        assert_close(off, expected, 1e-5, lambda: expected | {"small": expected["small"] - 0.9e-8})
+    with pytest.raises(AssertionError, match="nan"):
+        assert_close(expected | {"large": torch.full((2,), torch.nan)}, expected, 1e-5)
+    assert_close(expected | {"nothing": torch.tensor(8e-5)}, expected, 1e-5)
 
 
 MANY_CHUNKS_CASES = [
@@ -88,7 +104,7 @@ def test_at_most_twice_as_far_from_exact_as_plain_torch_in_the_dtype(case, backe
 @pytest.mark.parametrize("case", MAHA_CASES + DENSE_CASES, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_on_a_gpu(case, backend):
-    assert_close(results(case, backend, torch.float64, "cuda"), reference(case), 1e-10)
+    assert_equals_reference(case, backend, torch.float64, 1e-10, "cuda")
     for dtype in (torch.float32, torch.bfloat16):
         assert_within_twice_of_plain(case, backend, dtype, "cuda")
 

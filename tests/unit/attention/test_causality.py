@@ -1,16 +1,19 @@
 """Causality and document bounds as exact zeros and bitwise equality, and leaks planted to show that they are caught."""
 
+import contextlib
 import dataclasses
 import functools
+from unittest import mock
 
 import pytest
 import torch
 
 import maha_megatron.attention.dispatch as dispatch
 import maha_megatron.attention.pyramid.eager as pyramid_eager
-from maha_megatron.attention.scale_attention import bands
+from maha_megatron.attention.scale_attention import bands, eager_joint, eager_scales
 from maha_megatron.attention.slots import visible_slots
 from maha_megatron.attention.spec import DenseSpec, MahaSpec
+from maha_megatron.scales import stride
 from tests.support.attention import FAST_BACKENDS, Case, assert_close, attend, leaves, results, start_rows
 
 SPECS = {
@@ -42,25 +45,65 @@ def check_jacobian(case: Case, backend: str, *, sparse: bool = False) -> None:
     for row in range(len(starts)):
         grads = torch.autograd.grad(out[row].sum(), inputs, retain_graph=True)
         influence = sum(grad.abs().sum((1, 2)) for grad in grads)
+        assert influence.isfinite().all(), f"row {row} has gradients that are not numbers"
         assert sparse or influence[row] > 0
         seen = influence.nonzero().flatten()
         assert starts[row] <= seen.min(), f"row {row} of the document at {starts[row]} reads row {seen.min()}"
         assert seen.max() <= row, f"row {row} reads row {seen.max()}"
 
 
-def check_changed_tokens(case: Case, backend: str, rows: list[int], *, sparse: bool = False) -> None:
-    """Changing one row leaves every row before it, and all other documents, bitwise as they were."""
+def check_changed_tokens(
+    case: Case, backend: str, rows: list[int], *, sparse: bool = False, loud: bool = False
+) -> None:
+    """Changing one row leaves every row before it, and all other documents, bitwise as they were.
+
+    `loud`: with logits and utilities so large that no finite value for -inf would hide what lies behind it: the first
+    head has logits of size 1e5, the second nearly infinite preference for every scale but the finest.
+    """
     values = {name: value.detach() for name, value in leaves(case, torch.float32).items()}
+    if loud and "query_gain" in values:
+        values["query_gain"][0] *= 3e4
+    if loud and "utility_bias" in values:
+        values["utility_bias"][1:, 1] += 3e4
     before = attend(case, values, backend)["out"]
+    assert before.isfinite().all(), "outputs that are not numbers"
     starts = start_rows(case.lengths)
     for row in rows:
         changed = {name: value.clone() if name in "qkv" else value for name, value in values.items()}
         for name in "qkv":
             changed[name][row] = torch.randn_like(changed[name][row])
         same = (attend(case, changed, backend)["out"] == before).all(-1).all(-1)
-        assert sparse or not same[row]
+        assert sparse or loud or not same[row]
         may_change = (starts == starts[row]) & (torch.arange(len(starts)) >= row)
         assert same[~may_change].all(), f"a change of row {row} reaches rows {(~same & ~may_change).nonzero().tolist()}"
+    assert not same.all()
+
+
+def check_infeasible_scales(case: Case, backend: str) -> None:
+    """Weights of scales without a visible block are exactly 0, and so are their outputs; their LSE is exactly -inf."""
+    values = {name: value.detach() for name, value in leaves(case, torch.float32).items()}
+    looked = []
+    with contextlib.ExitStack() as patches:
+        for module in (eager_joint, eager_scales):
+            look = functools.partial(_look_at_scale, module.attend_scale, looked)
+            patches.enter_context(mock.patch.object(module, "attend_scale", look))
+        weights = attend(case, values, backend)["weights"]
+    assert (backend == "eager") == bool(looked)
+    position = torch.arange(sum(case.lengths)) - start_rows(case.lengths)
+    for scale in range(case.spec.scales):
+        blocks = (position + 1) // stride(case.spec.ratio, scale)
+        assert (weights[blocks == 0, :, scale] == 0).all(), f"scale {scale} has weight where it is infeasible"
+    assert (weights.sum(-1) - 1).abs().max() <= 1e-5, "weights that do not sum to 1 where a scale is infeasible"
+
+
+def _look_at_scale(attend_scale, looked, chunk, scale):
+    output, lse = attend_scale(chunk, scale)
+    nothing = (chunk.row + 1 - chunk.document) // chunk.call.bands[scale].stride_rows == 0
+    looked.append(nothing)
+    assert (lse[:, nothing] == -torch.inf).all(), "a finite LSE of an infeasible scale"
+    assert (output[:, nothing] == 0).all(), "an output of an infeasible scale"
+    assert lse[:, ~nothing].isfinite().all(), "no finite LSE of a feasible scale"
+    return output, lse
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -76,6 +119,20 @@ def test_no_row_reads_a_later_row_or_another_document(backend, spec, lengths):
 def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(backend, spec, lengths):
     """Every token of two whole tiles, and of the block borders of every scale among them, up to the end."""
     check_changed_tokens(Case(lengths=lengths, n=2, g=1, d=8, spec=SPECS[spec]), backend, list(range(60, 200)))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_loud_token_leaves_earlier_rows_bitwise_unchanged(backend, spec):
+    case = Case(lengths=(61, 3, 70, 66), n=2, g=1, d=8, spec=SPECS[spec])
+    check_changed_tokens(case, backend, list(range(0, 200, 3)), loud=True)
+
+
+@pytest.mark.parametrize("spec", [name for name in SPECS if name != "dense"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("backend", ["naive", *FAST_BACKENDS])
+def test_infeasible_scales_hold_exactly_nothing(backend, spec, lengths):
+    check_infeasible_scales(a_case(spec, lengths), backend)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from maha_megatron.attention.aggregation import eager as aggregation_eager
 from maha_megatron.attention.aggregation.stated_program import StatedProgram, UnsolvedProgram
 from maha_megatron.attention.api import maha_attention
 from maha_megatron.attention.dispatch import BACKEND_NAMES
@@ -12,6 +13,8 @@ from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
 from tests.support.attention import Case, attend, leaves, parameter_specs, start_rows
 from tests.support.stated_programs import bounded_above, stated
+from tests.unit.attention.test_aggregation_causality import check_poisoned, huge_values
+from tests.unit.attention.test_causality import check_jacobian
 
 LENGTHS = (40, 1, 23)  # 64 tokens; scale 2 has 16 rows a block
 WINDOWS = (8, 6, 4)
@@ -66,6 +69,30 @@ def test_on_a_gpu_a_program_gives_what_it_gives_on_the_cpu(regularizer, coupling
     for name, value in on_cpu.items():
         tolerance = 1e-5 if name.startswith("grad") else 1e-6
         assert (on_gpu[name] - value).abs().max() <= tolerance * value.abs().max().clamp_min(0.1), name
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("coupling", ["none", "gram"])
+def test_no_row_reads_a_later_row_or_another_document(coupling, backend):
+    """Jacobian, and huge values in the future: not numbers have no solution, which is said of their own row."""
+    short = dataclasses.replace(with_program("entropy", coupling), lengths=(3, 18), n=2, g=1, d=4)
+    check_jacobian(short, backend)
+    check_poisoned(short, backend, huge_values(), cuts=(2, 10, 20))
+
+
+def test_utilities_shared_over_rows_are_caught(monkeypatch):
+    honest = aggregation_eager._utilities
+
+    def shared(*arguments):
+        utilities = honest(*arguments)
+        return utilities + utilities.mean(0, keepdim=True)
+
+    monkeypatch.setattr(aggregation_eager, "_utilities", shared)
+    short = dataclasses.replace(with_program("entropy", "none"), lengths=(3, 18), n=2, g=1, d=4)
+    with pytest.raises(AssertionError, match="reads row"):
+        check_jacobian(short, "eager")
+    with pytest.raises(AssertionError, match="read what they must not"):
+        check_poisoned(short, "eager", huge_values(), cuts=(2, 10))
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)

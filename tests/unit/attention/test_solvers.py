@@ -180,6 +180,23 @@ def test_gradients_are_no_longer_than_what_comes_in(kind, scales):
 
 @KINDS
 @SCALES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_the_payoffs_sum_to_zero(kind, scales, dtype):
+    """All payoffs raised alike change no weight; of nearly equal incoming gradients only rounding would be left."""
+    matrix, payoff, feasible = random_programs(500, scales, largest=30.0, seed=650 + scales)
+    matrix, payoff = matrix.to(dtype), payoff.to(dtype).requires_grad_()
+    weights = solve(matrix, payoff, feasible, kind).weights
+    generator = torch.Generator().manual_seed(scales)
+    incoming = (1.0 + 1e-3 * torch.randn(weights.shape, generator=generator, dtype=torch.float64)).to(dtype)
+    (grad,) = torch.autograd.grad(weights, payoff, incoming)
+    assert grad.abs().max() > 1e-4
+    eps = torch.finfo(dtype).eps
+    rounding = 2.0 * eps * grad.double().abs().sum(-1) + 8.0 * eps**2  # eps^2: where a weight is 1 but for rounding
+    assert (grad.double().sum(-1).abs() <= rounding).all()
+
+
+@KINDS
+@SCALES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_infeasible_scales_have_no_weight_and_no_gradient(kind, scales, dtype):
     matrix, payoff, feasible = random_programs(200, scales, largest=5.0, seed=700 + scales)

@@ -11,7 +11,6 @@ from maha_megatron.attention.aggregation import stated_program
 from maha_megatron.attention.aggregation.solvers import gram_factor, gram_matrix, solve
 from maha_megatron.attention.aggregation.stated_program import StatedProgram, UnsolvedProgram, load_program
 from maha_megatron.errors import ProgramError
-from tests.support import stated_programs
 from tests.support.small_programs import complementarity
 from tests.support.stated_programs import bounded_above, stated
 
@@ -295,7 +294,3 @@ def test_a_poor_solution_is_no_solution(bounded, monkeypatch):
 def test_feasible_scales_must_be_the_finest(bounded):
     with pytest.raises(AssertionError, match="finest"):
         bounded(torch.zeros(1, 3), None, torch.tensor([[True, False, True]]))
-
-
-def test_the_support_module_states_what_it_says():
-    assert StatedProgram(stated_programs.entropy, scales=2, coupled=False, name="x")
