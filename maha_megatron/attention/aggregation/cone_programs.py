@@ -52,6 +52,9 @@ class Verdict:
 class ConePrograms:
     """B programs.
 
+    Kept from `solve` to `pull_back` are A, b, c and z. While either runs there are a few tables of (rows + columns)^2
+    numbers for every program: ask for about a thousand programs at a time (conic_layer.py does).
+
     Args:
         matrix, offset, cost: A [B, rows, columns], b [B, rows], c [B, columns], float64.
         cones: K as diffcp names it, the same for all.
@@ -59,14 +62,10 @@ class ConePrograms:
 
     def __init__(self, matrix: np.ndarray, offset: np.ndarray, cost: np.ndarray, cones: dict) -> None:
         self._matrix, self._offset, self._cost, self._cones = matrix, offset, cost, cones
-        count, rows, columns = matrix.shape
-        self._skew = np.zeros((count, *(rows + columns + 1,) * 2))
-        self._skew[:, :columns, columns:-1] = matrix.swapaxes(1, 2)
-        self._skew[:, :columns, -1], self._skew[:, columns:-1, -1] = cost, offset
-        self._skew -= self._skew.swapaxes(1, 2)
         parsed = parse_cone_dict(cones)
         self._other_cones = [(kind, size) for kind, size in parsed if kind != EXP]
-        self._other_rows = rows - 3 * dict(parsed).get(EXP, 0)  # exponential cones come last
+        self._other_rows = matrix.shape[1] - 3 * dict(parsed).get(EXP, 0)  # exponential cones come last
+        self._skew = None  # Q [B, N, N], while it is needed
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, list[Verdict]]:
         """x [B, columns], y [B, rows], and how each program ended."""
@@ -76,6 +75,7 @@ class ConePrograms:
         ]
         found = [np.concatenate([one["x"], one["y"] - one["s"], [1.0]]) for one in results]
         self._z, every = np.stack(found), np.arange(len(found))
+        self._skew = self._embedding()
         no_solution = [NO_SOLUTION.get(one["info"]["status"]) for one in results]
         finite = np.isfinite(self._skew).all((1, 2)) & np.isfinite(self._z).all(1)
         self._refine(every[finite & np.array([why is None for why in no_solution])])
@@ -83,7 +83,7 @@ class ConePrograms:
         residual[finite] = self._relative_residual(self._z[finite], every[finite])
         projected = np.full_like(self._z, np.nan)
         projected[finite] = self._project(self._z[finite])
-        self._projected = projected
+        self._projected, self._skew = projected, None
         verdicts = [
             Verdict(residual=float(size), no_solution=why) for size, why in zip(residual, no_solution, strict=True)
         ]
@@ -96,11 +96,21 @@ class ConePrograms:
         incoming = np.zeros_like(self._z)
         incoming[:, :columns] = d_primal
         incoming[:, -1] = -(self._projected[:, :columns] * d_primal).sum(1)
+        self._skew = self._embedding()
         jacobian = self._jacobian(self._z, np.arange(len(self._z)))
+        self._skew = None
         response = _least_squares(jacobian.swapaxes(1, 2), incoming, CUTOFFS[0])
         outer = self._projected[:, :, None] * response[:, None]  # minus the transpose of Q's gradient
         d_skew = outer - outer.swapaxes(1, 2)
         return d_skew[:, :columns, columns:-1].swapaxes(1, 2), d_skew[:, columns:-1, -1], d_skew[:, :columns, -1]
+
+    def _embedding(self) -> np.ndarray:
+        """Q [B, N, N] of the homogeneous embedding."""
+        count, rows, columns = self._matrix.shape
+        skew = np.zeros((count, *(rows + columns + 1,) * 2))
+        skew[:, :columns, columns:-1] = self._matrix.swapaxes(1, 2)
+        skew[:, :columns, -1], skew[:, columns:-1, -1] = self._cost, self._offset
+        return skew - skew.swapaxes(1, 2)
 
     def _refine(self, active: np.ndarray) -> None:
         """Newton steps for the programs `active`, as long as they help.

@@ -9,6 +9,8 @@ cvxpy_oracle.py.
 This module imports cvxpy, cvxpylayers and diffcp: import it where a program is stated, not before.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from cvxpy.reductions.solvers.conic_solvers.scs_conif import dims_to_solver_dict
@@ -16,6 +18,9 @@ from cvxpylayers.interfaces.base import SolverInterface
 from cvxpylayers.torch import CvxpyLayer
 
 from maha_megatron.attention.aggregation.cone_programs import ConePrograms, Verdict
+
+# bounds what exists beside the programs themselves; more at once is no faster
+PROGRAMS_AT_ONCE = 1000
 
 
 class ConicLayer:
@@ -51,15 +56,26 @@ class _RefinedClarabel(SolverInterface):
         self._place = (slice(None), rows, np.repeat(np.arange(self._shape[1]), np.diff(starts)))
 
     def solve_torch_batch(self, P, q, A, dims, solver_args, needs_grad):
-        table = np.zeros((len(A), *self._shape))
-        table[self._place] = A.numpy()
-        cost = q.numpy()[:, :-1].copy()
-        programs = ConePrograms(-table[:, :, :-1], table[:, :, -1], cost, dims_to_solver_dict(dims))
-        primal, dual, self.verdicts = programs.solve()
-        return torch.from_numpy(primal), torch.from_numpy(dual), programs if needs_grad else None
+        parts, solved = [], []
+        for start in range(0, len(A), PROGRAMS_AT_ONCE):
+            here = slice(start, start + PROGRAMS_AT_ONCE)
+            table = np.zeros((len(A[here]), *self._shape))
+            table[self._place] = A[here].numpy()
+            cost = q[here].numpy()[:, :-1].copy()
+            programs = ConePrograms(-table[:, :, :-1], table[:, :, -1].copy(), cost, dims_to_solver_dict(dims))
+            solved.append(programs.solve())
+            parts.append(programs if needs_grad else None)
+        primal, dual, verdicts = zip(*solved, strict=True)
+        self.verdicts = list(itertools.chain.from_iterable(verdicts))
+        return *(torch.from_numpy(np.concatenate(part)) for part in (primal, dual)), parts if needs_grad else None
 
     def derivative_torch_batch(self, dprimal, ddual, saved_state):
-        d_matrix, d_offset, d_cost = saved_state.pull_back(dprimal.numpy())
+        incoming = dprimal.split(PROGRAMS_AT_ONCE)
+        parts = [self._pull_back(*one) for one in zip(saved_state, incoming, strict=True)]
+        d_table, d_costs = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+        return None, d_costs, d_table
+
+    def _pull_back(self, programs, dprimal) -> tuple[np.ndarray, np.ndarray]:
+        d_matrix, d_offset, d_cost = programs.pull_back(dprimal.numpy())
         d_table = np.concatenate([-d_matrix, d_offset[:, :, None]], axis=2)
-        d_costs = np.pad(d_cost, ((0, 0), (0, 1)))
-        return None, torch.from_numpy(d_costs), torch.from_numpy(d_table[self._place])
+        return d_table[self._place], np.pad(d_cost, ((0, 0), (0, 1)))

@@ -169,6 +169,8 @@ def gram_matrix(outputs: torch.Tensor, feasible: torch.Tensor | None) -> torch.T
 
     Args:
         outputs: O [..., L, d], each scale's attention output, any floating dtype; finite at infeasible scales too.
+            Squares are formed as they stand, so in float32 |O_l| may be up to 1e19: beyond, G is not a number, and
+            `solve` counts the program as missed.
         feasible: bool [..., L], or None where all are; rows and columns of infeasible scales are 0, with no gradient.
 
     Returns:

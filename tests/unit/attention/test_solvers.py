@@ -335,6 +335,24 @@ def test_gram_matrix_is_the_definition():
     assert gram_matrix(outputs.bfloat16(), None).dtype == torch.float32
 
 
+def test_the_range_of_outputs_in_a_gram_matrix():
+    """Whatever the size of the outputs up to 1e18, G and its gradient are those of outputs of size 1."""
+    outputs = torch.randn(50, 4, 16, generator=torch.Generator().manual_seed(16))
+    outputs /= outputs.norm(dim=-1, keepdim=True)
+    direction = torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(17))
+
+    def gram_and_gradient(size):
+        scaled = (size * outputs).requires_grad_()
+        gram = gram_matrix(scaled, None)
+        return gram.detach(), size * torch.autograd.grad(gram, scaled, direction)[0]
+
+    for one, other in zip(gram_and_gradient(1e18), gram_and_gradient(1e3), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    beyond, _ = gram_and_gradient(1e20)
+    assert not beyond.isfinite().any()
+    assert solve(beyond, torch.zeros(50, 4), None, "entropy").missed == 50
+
+
 def test_skew_matrix_fills_the_upper_triangle_in_row_order():
     expected = torch.tensor([[[0.0, 1, 2, 3], [-1, 0, 4, 5], [-2, -4, 0, 6], [-3, -5, -6, 0]]])
     assert torch.equal(skew_matrix(torch.arange(1.0, 7.0)[None]), expected)

@@ -2,12 +2,13 @@
 
 import itertools
 import sys
+import tracemalloc
 
 import pytest
 import torch
 
 from configs.programs import budget
-from maha_megatron.attention.aggregation import stated_program
+from maha_megatron.attention.aggregation import conic_layer, stated_program
 from maha_megatron.attention.aggregation.solvers import gram_factor, gram_matrix, solve
 from maha_megatron.attention.aggregation.stated_program import StatedProgram, UnsolvedProgram, load_program
 from maha_megatron.errors import ProgramError
@@ -109,6 +110,33 @@ def test_gradients_of_a_mean_over_many_tokens_are_not_lost():
     large, small = (torch.autograd.grad(size * weights[0, 0], payoff, retain_graph=True)[0] for size in (1.0, 1e-12))
     assert large.abs().max() > 0.1
     torch.testing.assert_close(small * 1e12, large)
+
+
+def test_programs_a_few_at_a_time_are_the_same_and_bound_the_memory(monkeypatch):
+    """Beside what is kept of every program there is only the working memory of those at hand."""
+    program = StatedProgram(lambda m: stated(m, "entropy", coupled=True), scales=8, coupled=True, name="stated")
+    generator = torch.Generator().manual_seed(0)
+    payoff = torch.randn(100, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    factor = gram_factor(gram_matrix(torch.randn(100, 8, WIDTH, generator=generator, dtype=torch.float64), None))
+    direction = torch.randn(100, 8, generator=generator, dtype=torch.float64)
+
+    def run(count):
+        tracemalloc.start()
+        weights, residual = program.solve(payoff[:count], factor[:count], torch.ones(count, 8, dtype=torch.bool))
+        kept, forward_peak = tracemalloc.get_traced_memory()
+        (grad,) = torch.autograd.grad(weights, payoff, direction[:count])
+        backward_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return (weights, residual, grad), (kept, forward_peak, backward_peak)
+
+    whole, _ = run(100)
+    monkeypatch.setattr(conic_layer, "PROGRAMS_AT_ONCE", 30)
+    parts, large = run(100)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    _, small = run(30)
+    table = 8 * (43 + 17 + 1) ** 2  # bytes of one Q
+    assert all(more - less < 70 * table / 2 for more, less in zip(large, small, strict=True)), (large, small)
 
 
 def test_the_budget_example_obeys_its_constraints():
