@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -77,8 +78,8 @@ def engine_for(config: Config, world_size: int) -> Iterator[Engine]:
     """An engine whose every learned parameter is random; other engines may follow in the same process."""
     check_config(config)
     check_topology(config, world_size)
-    init.initial_value = random_value
-    engine = build_engine(config)
+    with mock.patch.object(init, "initial_value", random_value):
+        engine = build_engine(config)
     yield engine
     engine.release()
 
