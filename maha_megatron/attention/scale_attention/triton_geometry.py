@@ -1,0 +1,136 @@
+"""What every kernel of joint attention shares: slot arithmetic, rotary angles and normalisation, as device functions.
+
+The slot arithmetic is that of slots.py. With p = t - D, the row's place in its document, row t sees slots
+
+    [c + max(m - w, 0), c + m)    with    c = ceil(D / R),  m = floor((p + 1) / R) complete blocks
+
+of a scale, and both ends never fall from one row to the next, in whatever documents the rows lie: a tile of rows needs
+the slots from the first row's first to the last row's last. Nothing here is negative but D and c.
+
+Rotary angles of scale l are whole multiples of one angle per channel: queries stand at p / R, a block at the place of
+its last row over R, so both are rows / R. The fraction of a turn is kept in 32 bits,
+
+    turn = rows * F mod 2^32        F = base^(-2i/d) / (2 pi R) turns a row, 64 bits behind the point
+
+which integer multiplication gives exactly for every row, however far from the document's start, and without tables of
+the sequence's length. Only its cosine and sine are rounded.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@functools.lru_cache(maxsize=32)
+def frequency_table(width: int, base: float, ratio: int, scales: int, device: torch.device) -> torch.Tensor:
+    """F of every scale and channel pair: int32 [L, 2, d/2], the upper and the lower 32 bits."""
+    words = []
+    for scale in range(scales):
+        turns = [base ** (-2 * i / width) / (2 * math.pi * ratio**scale) for i in range(width // 2)]
+        fractions = [int(math.ldexp(turn, 64)) for turn in turns]
+        words += [[value >> 32 for value in fractions], [value & 0xFFFFFFFF for value in fractions]]
+    signed = [[word - (word >> 31 << 32) for word in row] for row in words]
+    return torch.tensor(signed, dtype=torch.int32, device=device).view(scales, 2, width // 2)
+
+
+@triton.jit
+def pick(values, scale):
+    """values[scale] of a tuple, for a scale known at run time only."""
+    found = values[0]
+    for i in tl.static_range(1, len(values)):
+        found = tl.where(scale == i, values[i], found)
+    return found
+
+
+@triton.jit
+def stride_of(RATIO: tl.constexpr, scale):
+    """ratio**scale."""
+    if RATIO & (RATIO - 1) == 0:
+        return 1 << (scale * (RATIO // 4 + 1))  # 2, 4 and 8 are 1, 2 and 3 bits
+    stride = 1
+    for i in tl.static_range(1, 8):
+        stride = tl.where(scale >= i, stride * RATIO, stride)
+    return stride
+
+
+@triton.jit
+def divided(x, RATIO: tl.constexpr, scale):
+    """x // ratio**scale for x >= 0."""
+    if RATIO & (RATIO - 1) == 0:
+        return x >> (scale * (RATIO // 4 + 1))
+    return x // stride_of(RATIO, scale)
+
+
+@triton.jit
+def first_slot(document, RATIO: tl.constexpr, scale):
+    """ceil(D / R), D of either sign."""
+    up = divided(tl.maximum(document, 0) + stride_of(RATIO, scale) - 1, RATIO, scale)
+    return tl.where(document >= 0, up, -divided(tl.maximum(-document, 0), RATIO, scale))
+
+
+@triton.jit
+def visible(row, document, window, RATIO: tl.constexpr, scale):
+    """The slots [first, end) that rows see."""
+    origin = first_slot(document, RATIO, scale)
+    blocks = divided(row - document + 1, RATIO, scale)
+    return origin + tl.maximum(blocks - window, 0), origin + blocks
+
+
+@triton.jit
+def slot_count(rows, RATIO: tl.constexpr, scale):
+    """Slots from slot 0 on: ceil(t / R)."""
+    return divided(rows + stride_of(RATIO, scale) - 1, RATIO, scale)
+
+
+@triton.jit
+def entries_before(scale, rows, RATIO: tl.constexpr, PASTS: tl.constexpr):
+    """Entries of all finer scales: where a scale begins in a buffer that holds them one after the other."""
+    total = 0
+    for i in tl.static_range(len(PASTS) - 1):
+        total = tl.where(scale > i, total + PASTS[i] + slot_count(rows, RATIO, i), total)
+    return total
+
+
+@triton.jit
+def turns(place, frequency, scale, channel, HALF: tl.constexpr):
+    """The fraction of a turn at `place` rows of the document, in units of 2^-32: uint32 [places, d/2]."""
+    upper = tl.load(frequency + 2 * scale * HALF + channel).to(tl.uint32, bitcast=True)
+    lower = tl.load(frequency + (2 * scale + 1) * HALF + channel).to(tl.uint32, bitcast=True)
+    place = place.to(tl.uint32, bitcast=True)[:, None]
+    return place * upper[None, :] + tl.umulhi(place, lower[None, :])
+
+
+@triton.jit
+def cosine_sine(turn, FAST: tl.constexpr):
+    """Of turns in units of 2^-32. FAST: by the device's own functions, good to 2^-20, enough for 16-bit operands."""
+    if FAST:
+        # the upper 23 bits as the mantissa of a number in [1, 2): no conversion, which is as slow as a sine
+        mantissa = ((turn >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+        angle = mantissa * 6.283185307179586 - 6.283185307179586
+        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    angle = turn.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def rotated(first, second, cosine, sine):
+    """Both halves of the channels, every pair (i, i + d/2) turned."""
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+@triton.jit
+def inverse_norm(first, second, EPSILON: tl.constexpr, HALF: tl.constexpr):
+    """1 / sqrt(mean of squares + epsilon) of rows in two halves."""
+    return tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + EPSILON)
+
+
+@triton.jit
+def of_heads(pointer, head, channel, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    """A vector per head: [1, channels] of one head, [tile rows, channels] where rows of several heads share a tile."""
+    if HEADS == 1:
+        return tl.load(pointer + head * WIDTH + channel)[None, :].to(tl.float32)
+    return tl.load(pointer + head[:, None] * WIDTH + channel[None, :]).to(tl.float32)

@@ -1,0 +1,245 @@
+"""Joint attention by kernels: which buffers they read and write, and the autograd function around them.
+
+    forward    prepare_keys -> attend_kernel
+    backward   prepare_keys -> query_gradient_kernel -> key_gradient_kernel
+
+Kept for backward: q, the levels, out, and one number per row and head. Every sum has a fixed order, so results are
+bitwise reproducible.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
+from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
+from maha_megatron.attention.scale_attention.triton_key_gradient import key_gradient_kernel
+from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
+from maha_megatron.attention.scale_attention.triton_launch import Launch
+from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
+from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, tuning_for
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.scales import slot_count, stride
+
+
+def attend_jointly(
+    q_tnd: torch.Tensor,
+    levels: Sequence[torch.Tensor],
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    past_slots: tuple[int, ...],
+    with_weights: bool,
+    tuning: Tuning | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output [t, n, d] in q's dtype and, where asked for, scale weights [t, n, L] in fp32, detached.
+
+    As `attend_jointly` of eager_joint.py, for one softmax over all scales.
+    """
+    out, weights = _JointAttention.apply(
+        q_tnd,
+        parameters.query_gain,
+        parameters.key_gain,
+        parameters.utility_query,
+        parameters.utility_bias,
+        document_start_t,
+        spec,
+        past_slots,
+        with_weights,
+        tuning or tuning_for(q_tnd.shape[-1], q_tnd.dtype.itemsize),
+        *levels,
+    )
+    return out, weights
+
+
+class _JointAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, with_weights, tuning, *levels
+    ):
+        call = Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)
+        out, lse, scale_lse = call.forward(with_weights)
+        ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start, out, lse, *levels)
+        ctx.numbers = spec, past_slots, tuning
+        weights = None if scale_lse is None else torch.exp2(scale_lse - lse.T[..., None])
+        if weights is not None:
+            ctx.mark_non_differentiable(weights)
+        return out, weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, _):
+        q, query_gain, key_gain, rho, beta, document_start, out, lse, *levels = ctx.saved_tensors
+        call = Call(q, query_gain, key_gain, rho, beta, document_start, *ctx.numbers, levels)
+        grad_q, learned, grad_levels = call.backward(grad_out, out, lse)
+        return grad_q, *learned, None, None, None, None, None, *grad_levels
+
+
+class Call:
+    """One call's tensors and numbers, as the kernels take them."""
+
+    def __init__(self, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels):
+        self.q, self.query_gain, self.key_gain = _lined_up(q), query_gain.contiguous(), key_gain.contiguous()
+        self.rho, self.beta = (None, None) if rho is None else (rho.contiguous(), beta.contiguous())
+        self.levels, self.spec, self.tuning, self.past_slots = levels, spec, tuning, past_slots
+        self.rows, self.n, self.d = q.shape
+        self.g = levels[0].shape[2]
+        self.document_start = document_start.contiguous()
+        self.entries = tuple(
+            past + slot_count(self.rows, stride(spec.ratio, scale)) for scale, past in enumerate(past_slots)
+        )
+        assert self.entries == tuple(len(level) for level in levels), (self.entries, [x.shape for x in levels])
+        self.raw_keys, self.values = ([level[:, i] for level in levels] for i in (0, 1))
+
+    def _geometry(self) -> dict[str, object]:
+        """Arguments that every kernel has."""
+        spec = self.spec
+        frequency = frequency_table(self.d, spec.rope_base, spec.ratio, spec.scales, self.q.device)
+        return {
+            "document_start": self.document_start,
+            "frequency": frequency,
+            "rows": self.rows,
+            "total": sum(self.entries),
+            "RATIO": spec.ratio,
+            "PASTS": self.past_slots,
+            "HALF": self.d // 2,
+            "EPSILON": spec.norm_epsilon,
+            "FAST": self.q.dtype.itemsize == 2 and _compiled(),
+        }
+
+    def _attention(self, keys: torch.Tensor, tiles: Tiles) -> dict[str, object]:
+        """Arguments of kernels that form logits."""
+        return self._geometry() | {
+            "q": self.q,
+            "q_strides": self.q.stride()[:2],
+            "keys": keys,
+            "values": tuple(self.values),
+            "value_strides": _strides(self.values),
+            "query_gain": self.query_gain,
+            "n_per_group": self.n // self.g,
+            "WINDOWS": self.spec.windows,
+            "PRECISION": "tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
+            "ROWS": tiles.rows,
+            "KEYS": tiles.keys,
+            "FLATTEN": tiles.flatten,
+        }
+
+    def _row_grid(self, tiles: Tiles) -> tuple[int, int]:
+        return -(-self.rows // tiles.rows), self.n // tiles.heads
+
+    def _key_grid(self, tiles: Tiles) -> tuple[int, int]:
+        return sum(-(-entries // tiles.keys) for entries in self.entries), self.g
+
+    def _utilities(self) -> dict[str, object]:
+        return {"rho": self.rho, "beta": self.beta, "UTILITIES": self.rho is not None, "n": self.n}
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    def preparation(self, prepared: torch.Tensor) -> Launch:
+        tiles = self.tuning.keys
+        arguments = self._geometry() | {
+            "keys": tuple(self.raw_keys),
+            "strides": _strides(self.raw_keys),
+            "gain": self.key_gain,
+            "prepared": prepared,
+            "TILE": tiles.keys,
+        }
+        return _launch(prepare_keys, self._key_grid(tiles), arguments, tiles)
+
+    def prepared_keys(self) -> torch.Tensor:
+        """[g, entries of all scales, d] in q's dtype."""
+        prepared = self._empty(self.g, sum(self.entries), self.d, dtype=self.q.dtype)
+        self.preparation(prepared).run()
+        return prepared
+
+    def attention(self, keys, out, lse, scale_lse) -> Launch:
+        tiles = self.tuning.forward
+        arguments = self._attention(keys, tiles) | self._utilities()
+        arguments |= {"out": out, "lse": lse, "scale_lse": scale_lse, "PARTS": scale_lse is not None}
+        return _launch(attend_kernel, self._row_grid(tiles), arguments | {"HEADS": tiles.heads}, tiles)
+
+    def forward(self, with_weights: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Output [t, n, d], the softmax's log-sum-exp [n, t] and that of every scale [t, n, L], in units of log 2."""
+        out = self._empty(self.rows, self.n, self.d, dtype=self.q.dtype)
+        lse = self._empty(self.n, self.rows)
+        scale_lse = self._empty(self.rows, self.n, self.spec.scales) if with_weights else None
+        self.attention(self.prepared_keys(), out, lse, scale_lse).run()
+        return out, lse, scale_lse
+
+    def query_gradients(self, keys, out, lse, grad_out, made: dict[str, torch.Tensor]) -> Launch:
+        tiles = self.tuning.query_gradient
+        arguments = self._attention(keys, tiles) | self._utilities() | made
+        arguments |= {"out": out, "lse": lse, "grad_out": grad_out, "grad_out_strides": grad_out.stride()[:2]}
+        return _launch(query_gradient_kernel, self._row_grid(tiles), arguments | {"HEADS": tiles.heads}, tiles)
+
+    def made_by_query_gradients(self) -> dict[str, torch.Tensor]:
+        n, scales = self.n, self.spec.scales
+        tiles = self._row_grid(self.tuning.query_gradient)[0]
+        parts = 0 if self.rho is None else tiles
+        return {
+            "grad_q": self._empty(self.rows, n, self.d, dtype=self.q.dtype),
+            "delta": self._empty(n, self.rows),
+            "norms": self._empty(n, self.rows),
+            "offsets": self._empty(n, scales, self.rows),
+            "gain_parts": self._empty(tiles, n, self.d),
+            "rho_parts": self._empty(parts, scales, n, self.d),
+            "beta_parts": self._empty(parts, scales, n),
+        }
+
+    def key_gradients(self, keys, grad_out, made, grad_levels, gain_parts) -> Launch:
+        tiles = self.tuning.key_gradient
+        grads = [level[:, 0] for level in grad_levels]
+        arguments = self._attention(keys, tiles) | {name: made[name] for name in ("delta", "norms", "offsets")}
+        arguments |= {
+            "raw_keys": tuple(self.raw_keys),
+            "raw_key_strides": _strides(self.raw_keys),
+            "key_gain": self.key_gain,
+            "grad_out": grad_out,
+            "grad_out_strides": grad_out.stride()[:2],
+            "grad_keys": tuple(grads),
+            "grad_values": tuple(level[:, 1] for level in grad_levels),
+            "grad_strides": _strides(grads),
+            "gain_parts": gain_parts,
+        }
+        return _launch(key_gradient_kernel, self._key_grid(tiles), arguments, tiles)
+
+    def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
+        """Gradients of q; of query gain, key gain, rho and beta; and of the levels."""
+        grad_out = _lined_up(grad_out)
+        keys, made = self.prepared_keys(), self.made_by_query_gradients()
+        self.query_gradients(keys, out, lse, grad_out, made).run()
+        grad_levels = [torch.empty_like(level, memory_format=torch.contiguous_format) for level in self.levels]
+        gain_parts = self._empty(self._key_grid(self.tuning.key_gradient)[0], self.g, self.d)
+        self.key_gradients(keys, grad_out, made, grad_levels, gain_parts).run()
+        learned = [made["gain_parts"].sum(0).to(self.query_gain.dtype), gain_parts.sum(0).to(self.key_gain.dtype)]
+        if self.rho is None:
+            return made["grad_q"], (*learned, None, None), grad_levels
+        learned += [made["rho_parts"].sum(0).to(self.rho.dtype), made["beta_parts"].sum(0).to(self.beta.dtype)]
+        return made["grad_q"], tuple(learned), grad_levels
+
+
+def _launch(kernel, grid: tuple[int, ...], arguments: dict[str, object], tiles: Tiles) -> Launch:
+    return Launch(
+        kernel=kernel,
+        grid=grid,
+        arguments={name: arguments[name] for name in kernel.arg_names},
+        options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+    )
+
+
+def _lined_up(x: torch.Tensor) -> torch.Tensor:
+    """x itself where channels are next to each other, else a copy in which they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of tensors [entries, g, d]: between entries, and between groups."""
+    return tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors)
+
+
+def _compiled() -> bool:
+    """Whether kernels are compiled, rather than interpreted."""
+    import triton
+
+    return not triton.knobs.runtime.interpret

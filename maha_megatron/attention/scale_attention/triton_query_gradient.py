@@ -1,0 +1,194 @@
+"""The first kernel of backward: queries, utilities and the queries' gain; and what the second one reads per row.
+
+With P = exp(s + c_l - LSE) rebuilt from what forward kept, delta = <dO, out> and one softmax over all scales,
+
+    dS_l = P (dO V' - delta)        dc_l = sum_j dS_lj        dq'_l = dS_l K'_l        dq = sum_l Rot_l' dq'_l
+
+One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's.
+"""
+
+import triton
+import triton.language as tl
+
+from maha_megatron.attention.scale_attention.triton_forward import (
+    LOG2_E,
+    at_lines,
+    load_queries,
+    tile_rows,
+    utility,
+)
+from maha_megatron.attention.scale_attention.triton_geometry import (
+    cosine_sine,
+    entries_before,
+    inverse_norm,
+    of_heads,
+    pick,
+    rotated,
+    turns,
+    visible,
+)
+
+
+@triton.jit
+def sum_lines(x, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Sum over the rows of each head: [HEADS * ROWS, channels] -> [HEADS, channels]."""
+    return tl.sum(tl.reshape(x, [HEADS, ROWS, x.shape[1]]), 1)
+
+
+@triton.jit
+def column(table, index, COLUMNS: tl.constexpr):
+    """Column `index` of [lines, COLUMNS]."""
+    return tl.sum(tl.where((tl.arange(0, COLUMNS) == index)[None, :], table, 0.0), 1)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q,
+    q_strides,
+    keys,
+    values,
+    value_strides,
+    document_start,
+    frequency,
+    query_gain,
+    rho,
+    beta,
+    out,
+    lse,
+    grad_out,
+    grad_out_strides,
+    grad_q,  # [t, n, d]
+    delta,  # [n, t]
+    norms,  # [n, t], 1 / root mean square of the raw queries
+    offsets,  # [n, L, t], c_l - LSE in units of log 2
+    gain_parts,  # [tiles, n, d]
+    rho_parts,  # [tiles, L, n, d]
+    beta_parts,  # [tiles, L, n]
+    rows,
+    total,
+    n,
+    n_per_group,
+    RATIO: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    PASTS: tl.constexpr,
+    HALF: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FAST: tl.constexpr,
+    UTILITIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    SCALES: tl.constexpr = len(WINDOWS)
+    start, row, head, group = tile_rows(n_per_group, ROWS, HEADS)
+    channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    operand = keys.dtype.element_ty
+    inside = row < rows
+    document = tl.load(document_start + tl.minimum(row, rows - 1)).to(tl.int32)
+    last_row = tl.minimum(start + ROWS, rows) - 1
+    first_document = tl.load(document_start + start).to(tl.int32)
+    last_document = tl.load(document_start + last_row).to(tl.int32)
+
+    raw_first, raw_second = load_queries(q, start, row, head, inside[:, None], q_strides, channel, HALF)
+    norm = inverse_norm(raw_first.to(tl.float32), raw_second.to(tl.float32), EPSILON, HALF)
+    grad_at = at_lines(grad_out, start, row, head, grad_out_strides[0], grad_out_strides[1], channels)
+    grad = tl.load(grad_at, mask=inside[:, None], other=0.0)
+    out_at = at_lines(out, start, row, head, n * 2 * HALF, 2 * HALF, channels)
+    product = grad.to(tl.float32) * tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
+    own_delta = tl.sum(product, 1)
+    own_lse = tl.load(lse + head * rows + row, mask=inside, other=0.0)
+    tl.store(delta + head * rows + row, own_delta, mask=inside)
+    tl.store(norms + head * rows + row, norm, mask=inside)
+
+    columns = tl.arange(0, 8)
+    utility_table = tl.zeros([HEADS * ROWS, 8], tl.float32)  # gradient of every scale's utility, and its weight
+    weight_table = tl.zeros([HEADS * ROWS, 8], tl.float32)
+    grad_first = tl.zeros([HEADS * ROWS, HALF], tl.float32)
+    grad_second = tl.zeros([HEADS * ROWS, HALF], tl.float32)
+    turned = tl.zeros([HEADS * ROWS, HALF], tl.uint32)  # where the accumulator stands
+
+    for scale in tl.range(0, SCALES, flatten=FLATTEN):
+        window = pick(WINDOWS, scale)
+        see_from, see_to = visible(row, document, window, RATIO, scale)
+        begin, _ = visible(start, first_document, window, RATIO, scale)
+        _, end = visible(last_row, last_document, window, RATIO, scale)
+
+        first = raw_first.to(tl.float32) * norm[:, None] * of_heads(query_gain, head, channel, 2 * HALF, HEADS)
+        second = raw_second.to(tl.float32) * norm[:, None] * of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
+        offset = -own_lse
+        if UTILITIES:
+            offset += utility(first, second, rho, beta, head, scale, n, channel, HALF, HEADS) * LOG2_E
+        tl.store(offsets + (head * SCALES + scale) * rows + row, offset, mask=inside)
+        turn = turns(row - document, frequency, scale, channel, HALF)
+        cosine, sine = cosine_sine(turn, FAST)
+        first, second = rotated(first, second, cosine, sine)
+        first, second = first.to(operand), second.to(operand)
+        cosine, sine = cosine_sine(turn - turned, FAST)
+        grad_first, grad_second = rotated(grad_first, grad_second, cosine, sine)
+        turned = turn
+
+        past = pick(PASTS, scale)
+        key_base = keys + (group.to(tl.int64) * total + entries_before(scale, rows, RATIO, PASTS) + past) * 2 * HALF
+        value_stride = pick(value_strides[0], scale)
+        value_base = pick(values, scale) + group * pick(value_strides[1], scale) + past.to(tl.int64) * value_stride
+        grad_utility = tl.zeros([HEADS * ROWS], tl.float32)
+        share = tl.zeros([HEADS * ROWS], tl.float32)
+        for at in tl.range(begin, end, KEYS):
+            slot = at + tl.arange(0, KEYS)
+            there = (slot < end)[:, None]
+            key_at = key_base + slot[:, None] * (2 * HALF) + channel[None, :]
+            keys_first = tl.load(key_at, mask=there, other=0.0)
+            keys_second = tl.load(key_at + HALF, mask=there, other=0.0)
+            value_at = value_base + slot.to(tl.int64)[:, None] * value_stride + channels[None, :]
+            value = tl.load(value_at, mask=there, other=0.0)
+            logits = tl.dot(first, keys_first.T, input_precision=PRECISION)
+            logits = tl.dot(second, keys_second.T, logits, input_precision=PRECISION)
+            seen = (slot[None, :] >= see_from[:, None]) & (slot[None, :] < see_to[:, None])
+            logits = logits * (LOG2_E / (2 * HALF) ** 0.5) + offset[:, None]
+            weight = tl.exp2(tl.where(seen, logits, float("-inf")))
+            grad_weight = tl.dot(grad, value.T, input_precision=PRECISION)
+            grad_logits = weight * (grad_weight - own_delta[:, None])
+            if UTILITIES:
+                grad_utility += tl.sum(grad_logits, 1)
+                share += tl.sum(weight, 1)
+            grad_logits = grad_logits.to(operand)
+            grad_first = tl.dot(grad_logits, keys_first, grad_first, input_precision=PRECISION)
+            grad_second = tl.dot(grad_logits, keys_second, grad_second, input_precision=PRECISION)
+        if UTILITIES:
+            utility_table = tl.where((columns == scale)[None, :], grad_utility[:, None], utility_table)
+            weight_table = tl.where((columns == scale)[None, :], share[:, None], weight_table)
+
+    cosine, sine = cosine_sine(turned, FAST)
+    grad_first, grad_second = rotated(grad_first, grad_second, cosine, -sine)
+    grad_first *= (2 * HALF) ** -0.5
+    grad_second *= (2 * HALF) ** -0.5
+
+    gain_first = of_heads(query_gain, head, channel, 2 * HALF, HEADS)
+    gain_second = of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
+    unit_first, unit_second = raw_first.to(tl.float32) * norm[:, None], raw_second.to(tl.float32) * norm[:, None]
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    part = (tl.program_id(0) * n + heads)[:, None] * (2 * HALF) + channel[None, :]
+    if UTILITIES:
+        # a change of all utilities alike changes nothing: take out what rounding left in that direction
+        utility_table -= weight_table * tl.sum(utility_table, 1)[:, None]
+        for scale in tl.range(0, SCALES):
+            grad_utility = column(utility_table, scale, 8)
+            at = rho + scale * n * 2 * HALF
+            grad_first += grad_utility[:, None] * of_heads(at, head, channel, 2 * HALF, HEADS)
+            grad_second += grad_utility[:, None] * of_heads(at, head, channel + HALF, 2 * HALF, HEADS)
+            line = (tl.program_id(0) * SCALES + scale) * n + heads
+            rho_at = rho_parts + line[:, None] * (2 * HALF) + channel[None, :]
+            tl.store(rho_at, sum_lines(grad_utility[:, None] * unit_first * gain_first, ROWS, HEADS))
+            tl.store(rho_at + HALF, sum_lines(grad_utility[:, None] * unit_second * gain_second, ROWS, HEADS))
+            tl.store(beta_parts + line, tl.sum(tl.reshape(grad_utility, [HEADS, ROWS]), 1))
+    tl.store(gain_parts + part, sum_lines(grad_first * unit_first, ROWS, HEADS))
+    tl.store(gain_parts + part + HALF, sum_lines(grad_second * unit_second, ROWS, HEADS))
+    grad_first, grad_second = grad_first * gain_first, grad_second * gain_second
+    along = (tl.sum(grad_first * unit_first, 1) + tl.sum(grad_second * unit_second, 1))[:, None] / (2 * HALF)
+    to = at_lines(grad_q, start, row, head, n * 2 * HALF, 2 * HALF, channel)
+    grad_first = (grad_first - unit_first * along) * norm[:, None]
+    grad_second = (grad_second - unit_second * along) * norm[:, None]
+    tl.store(to, grad_first.to(grad_q.dtype.element_ty), mask=inside[:, None])
+    tl.store(to + HALF, grad_second.to(grad_q.dtype.element_ty), mask=inside[:, None])
