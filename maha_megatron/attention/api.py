@@ -83,7 +83,7 @@ def maha_attention(
     _check_parameters(parameters, maha_parameter_specs(spec, n=n, g=g, d=d))
     operators = backend_named(backend)
     if state is None:
-        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
+        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights)
         return _output([attended], with_weights, None)
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
@@ -92,7 +92,7 @@ def maha_attention(
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
         try:
-            attended, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+            attended, levels = _attend(operators, *piece, parameters, spec, with_weights, state.past(stream))
         except UnsolvedProgram as error:
             row = stream * len(piece[0]) + error.row
             raise UnsolvedProgram(error.reason, row=row, head=error.head) from error
@@ -101,7 +101,7 @@ def maha_attention(
     return _output(streams, with_weights, MahaState.stack(states))
 
 
-def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, past: Past | None = None):
+def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights, past: Past | None = None):
     """Attended of one sequence, or of its next piece, and the packed keys and values of every scale."""
     entries = past_slots = None
     if past is not None:
@@ -112,7 +112,7 @@ def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, 
         q_tnd, k_tgd, v_tgd = mixed
     kv = torch.stack((k_tgd, v_tgd), dim=1)
     levels = operators.build_pyramid(kv, document_start_t, parameters, spec, entries)
-    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots), levels
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights), levels
 
 
 def _output(streams: Sequence[Attended], with_weights: bool, state: MahaState | None) -> MahaOutput:

@@ -1,7 +1,7 @@
 """Attention per scale and aggregation by kernels, where there are some; everything else by eager.py.
 
-Kernels serve the one softmax over all scales: entropy and LSE utilities without coupling, and a single scale; bf16, fp16
-and fp32, heads of 32, 64 or 128 channels.
+Kernels serve the one softmax over all scales: entropy and LSE utilities without coupling, and a single scale; in bf16,
+fp16 and fp32, with heads of 32, 64 or 128 channels.
 """
 
 import functools

@@ -19,11 +19,13 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
     entries_before,
     inverse_norm,
+    joined,
     of_heads,
     pick,
     rotated,
     turns,
     visible,
+    within,
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -60,12 +62,12 @@ def load_queries(q, start, row, head, inside, strides, channel, HALF: tl.constex
 
 
 @triton.jit
-def utility(first, second, rho, beta, head, scale, n, channel, HALF: tl.constexpr, HEADS: tl.constexpr):
-    """<rho_l, q> + beta_l of every line, q normalised and times its gain, in halves."""
+def utility(first, second, norm, rho, beta, head, scale, n, channel, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """<rho_l, q> + beta_l of every line; halves of q times its gain, and what normalises it."""
     at = rho + scale * n * 2 * HALF
     learned = tl.sum(first * of_heads(at, head, channel, 2 * HALF, HEADS), 1)
     learned += tl.sum(second * of_heads(at, head, channel + HALF, 2 * HALF, HEADS), 1)
-    return learned + tl.load(beta + scale * n + head).to(tl.float32)
+    return learned * norm + tl.load(beta + scale * n + head).to(tl.float32)
 
 
 @triton.jit
@@ -104,6 +106,8 @@ def attend_kernel(
     start, row, head, group = tile_rows(n_per_group, ROWS, HEADS)
     channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
     operand = keys.dtype.element_ty
+    key = tl.arange(0, KEYS)
+    key_offset = key[:, None] * (2 * HALF) + channels[None, :]
     inside = row < rows
     document = tl.load(document_start + tl.minimum(row, rows - 1)).to(tl.int32)
     last_row = tl.minimum(start + ROWS, rows) - 1
@@ -111,7 +115,9 @@ def attend_kernel(
     last_document = tl.load(document_start + last_row).to(tl.int32)
 
     raw_first, raw_second = load_queries(q, start, row, head, inside[:, None], q_strides, channel, HALF)
-    norm = inverse_norm(raw_first.to(tl.float32), raw_second.to(tl.float32), EPSILON, HALF)[:, None]
+    norm = inverse_norm(raw_first.to(tl.float32), raw_second.to(tl.float32), EPSILON, HALF)
+    # queries are rotated as they are, and logits normalised: a factor for each row, in units of log 2
+    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     top = tl.full([HEADS * ROWS], FARTHEST, tl.float32)
     mass = tl.zeros([HEADS * ROWS], tl.float32)
     fused = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
@@ -122,43 +128,45 @@ def attend_kernel(
         begin, _ = visible(start, first_document, window, RATIO, scale)
         _, end = visible(last_row, last_document, window, RATIO, scale)
 
-        first = raw_first.to(tl.float32) * norm * of_heads(query_gain, head, channel, 2 * HALF, HEADS)
-        second = raw_second.to(tl.float32) * norm * of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
+        # read again, from a cache: held in registers, they would cost a program per multiprocessor
+        there = inside[:, None] & (begin <= end)
+        raw_first, raw_second = load_queries(q, start, row, head, there, q_strides, channel, HALF)
+        first = raw_first.to(tl.float32) * of_heads(query_gain, head, channel, 2 * HALF, HEADS)
+        second = raw_second.to(tl.float32) * of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
         raised = tl.zeros([HEADS * ROWS], tl.float32)
         if UTILITIES:
-            raised = utility(first, second, rho, beta, head, scale, n, channel, HALF, HEADS) * LOG2_E
-        cosine, sine = cosine_sine(turns(row - document, frequency, scale, channel, HALF), FAST)
+            raised = utility(first, second, norm, rho, beta, head, scale, n, channel, HALF, HEADS) * LOG2_E
+        cosine, sine = cosine_sine(turns(row - document, frequency, scale, channel, HALF, FAST), FAST)
         first, second = rotated(first, second, cosine, sine)
-        first, second = first.to(operand), second.to(operand)
+        query = joined(first.to(operand), second.to(operand))
 
         past = pick(PASTS, scale)
         key_base = keys + (group.to(tl.int64) * total + entries_before(scale, rows, RATIO, PASTS) + past) * 2 * HALF
-        value_stride = pick(value_strides[0], scale)
-        value_base = pick(values, scale) + group * pick(value_strides[1], scale) + past.to(tl.int64) * value_stride
+        value_stride = pick(value_strides[0], scale).to(tl.int64)
+        value_base = pick(values, scale) + group * pick(value_strides[1], scale) + past * value_stride
+        value_offset = key[:, None] * value_stride + channels[None, :]
         part = tl.zeros([HEADS * ROWS], tl.float32)
         for at in tl.range(begin, end, KEYS):
-            slot = at + tl.arange(0, KEYS)
-            there = (slot < end)[:, None]
-            key_at = key_base + slot[:, None] * (2 * HALF) + channel[None, :]
-            logits = tl.dot(first, tl.load(key_at, mask=there, other=0.0).T, input_precision=PRECISION)
-            keys_second = tl.load(key_at + HALF, mask=there, other=0.0)
-            logits = tl.dot(second, keys_second.T, logits, input_precision=PRECISION)
-            seen = (slot[None, :] >= see_from[:, None]) & (slot[None, :] < see_to[:, None])
-            logits = tl.where(seen, logits * (LOG2_E / (2 * HALF) ** 0.5) + raised[:, None], float("-inf"))
-            higher = tl.maximum(top, tl.max(logits, 1))
-            weight = tl.exp2(logits - higher[:, None])
+            real = (key < end - at)[:, None]
+            key_tile = tl.load(key_base + at * (2 * HALF) + key_offset, mask=real, other=0.0)
+            logits = tl.dot(query, key_tile.T, input_precision=PRECISION)
+            seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+            higher = tl.maximum(top, tl.max(logits, 1) * unit + raised)
+            weight = tl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
             shrink = tl.exp2(top - higher)
             added = tl.sum(weight, 1)
             mass = mass * shrink + added
             if PARTS:
                 part = part * shrink + added
-            value_at = value_base + slot.to(tl.int64)[:, None] * value_stride + channels[None, :]
-            value = tl.load(value_at, mask=there, other=0.0)
-            fused = tl.dot(weight.to(operand), value, fused * shrink[:, None], input_precision=PRECISION)
+            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+            fused = tl.dot(weight.to(operand), value_tile, fused * shrink[:, None], input_precision=PRECISION)
             top = higher
         if PARTS:
             at_part = scale_lse + (row.to(tl.int64) * n + head) * len(WINDOWS) + scale
-            tl.store(at_part, tl.where(part > 0, top + tl.log2(part), float("-inf")), mask=inside)
+            tl.store(
+                at_part, tl.where(part > 0, top + tl.log2(tl.where(part > 0, part, 1.0)), float("-inf")), mask=inside
+            )
 
     mass = tl.where(inside, mass, 1.0)
     out_at = at_lines(out, start, row, head, n * 2 * HALF, 2 * HALF, channels)

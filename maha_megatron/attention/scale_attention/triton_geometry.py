@@ -27,14 +27,15 @@ from triton.language.extra import libdevice
 
 @functools.lru_cache(maxsize=32)
 def frequency_table(width: int, base: float, ratio: int, scales: int, device: torch.device) -> torch.Tensor:
-    """F of every scale and channel pair: int32 [L, 2, d/2], the upper and the lower 32 bits."""
+    """F of every scale and channel pair: int32 [L, 3, d/2], the upper and the lower 32 bits, and the upper rounded."""
     words = []
     for scale in range(scales):
-        turns = [base ** (-2 * i / width) / (2 * math.pi * ratio**scale) for i in range(width // 2)]
-        fractions = [int(math.ldexp(turn, 64)) for turn in turns]
+        turns_a_row = [base ** (-2 * i / width) / (2 * math.pi * ratio**scale) for i in range(width // 2)]
+        fractions = [int(math.ldexp(turn, 64)) for turn in turns_a_row]
         words += [[value >> 32 for value in fractions], [value & 0xFFFFFFFF for value in fractions]]
+        words += [[(value + (1 << 31)) >> 32 for value in fractions]]
     signed = [[word - (word >> 31 << 32) for word in row] for row in words]
-    return torch.tensor(signed, dtype=torch.int32, device=device).view(scales, 2, width // 2)
+    return torch.tensor(signed, dtype=torch.int32, device=device).view(scales, 3, width // 2)
 
 
 @triton.jit
@@ -81,6 +82,12 @@ def visible(row, document, window, RATIO: tl.constexpr, scale):
 
 
 @triton.jit
+def within(slot, first, count):
+    """first <= slot < first + count: one comparison, as what lies before `first` wraps to a large number."""
+    return (slot - first).to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def slot_count(rows, RATIO: tl.constexpr, scale):
     """Slots from slot 0 on: ceil(t / R)."""
     return divided(rows + stride_of(RATIO, scale) - 1, RATIO, scale)
@@ -96,11 +103,17 @@ def entries_before(scale, rows, RATIO: tl.constexpr, PASTS: tl.constexpr):
 
 
 @triton.jit
-def turns(place, frequency, scale, channel, HALF: tl.constexpr):
-    """The fraction of a turn at `place` rows of the document, in units of 2^-32: uint32 [places, d/2]."""
-    upper = tl.load(frequency + 2 * scale * HALF + channel).to(tl.uint32, bitcast=True)
-    lower = tl.load(frequency + (2 * scale + 1) * HALF + channel).to(tl.uint32, bitcast=True)
+def turns(place, frequency, scale, channel, HALF: tl.constexpr, FAST: tl.constexpr):
+    """The fraction of a turn at `place` rows of the document, in units of 2^-32: uint32 [places, d/2].
+
+    FAST: with the upper 32 bits of F alone, rounded. Queries and keys then turn by the same slightly other angle a row,
+    and what a query and a key n rows apart see of that is n 2^-33 turns.
+    """
+    upper = tl.load(frequency + 3 * scale * HALF + channel).to(tl.uint32, bitcast=True)
     place = place.to(tl.uint32, bitcast=True)[:, None]
+    if FAST:
+        return place * tl.load(frequency + (3 * scale + 2) * HALF + channel).to(tl.uint32, bitcast=True)[None, :]
+    lower = tl.load(frequency + (3 * scale + 1) * HALF + channel).to(tl.uint32, bitcast=True)
     return place * upper[None, :] + tl.umulhi(place, lower[None, :])
 
 
@@ -108,9 +121,8 @@ def turns(place, frequency, scale, channel, HALF: tl.constexpr):
 def cosine_sine(turn, FAST: tl.constexpr):
     """Of turns in units of 2^-32. FAST: by the device's own functions, good to 2^-20, enough for 16-bit operands."""
     if FAST:
-        # the upper 23 bits as the mantissa of a number in [1, 2): no conversion, which is as slow as a sine
-        mantissa = ((turn >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-        angle = mantissa * 6.283185307179586 - 6.283185307179586
+        # the upper 23 bits as the mantissa of a number in [1, 2), which is a turn too many: a conversion would be slower
+        angle = ((turn >> 9) + 0x3F800000).to(tl.float32, bitcast=True) * 6.283185307179586
         return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     angle = turn.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
     return tl.cos(angle), tl.sin(angle)
@@ -120,6 +132,18 @@ def cosine_sine(turn, FAST: tl.constexpr):
 def rotated(first, second, cosine, sine):
     """Both halves of the channels, every pair (i, i + d/2) turned."""
     return first * cosine - second * sine, second * cosine + first * sine
+
+
+@triton.jit
+def joined(first, second):
+    """Two halves [lines, d/2] side by side: [lines, d]."""
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [first.shape[0], 2 * first.shape[1]])
+
+
+@triton.jit
+def halves(x):
+    """The inverse of `joined`."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit

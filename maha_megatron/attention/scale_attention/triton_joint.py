@@ -224,7 +224,7 @@ def _launch(kernel, grid: tuple[int, ...], arguments: dict[str, object], tiles: 
         kernel=kernel,
         grid=grid,
         arguments={name: arguments[name] for name in kernel.arg_names},
-        options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+        options={"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers},
     )
 
 

@@ -16,13 +16,16 @@ from maha_megatron.attention.scale_attention.triton_forward import LOG2_E
 from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
     entries_before,
+    halves,
     inverse_norm,
+    joined,
     pick,
     rotated,
     slot_count,
     stride_of,
     turns,
     visible,
+    within,
 )
 from maha_megatron.attention.scale_attention.triton_keys import locate_tile, places_of
 
@@ -85,6 +88,7 @@ def key_gradient_kernel(
     group = tl.program_id(1)
     channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
     operand = keys.dtype.element_ty
+    unit: tl.constexpr = LOG2_E / (2 * HALF) ** 0.5
     past, window = pick(PASTS, scale), pick(WINDOWS, scale)
     entries = past + slot_count(rows, RATIO, scale)
     entry = tile * KEYS + tl.arange(0, KEYS)
@@ -95,17 +99,14 @@ def key_gradient_kernel(
     )
 
     key_base = keys + (group.to(tl.int64) * total + entries_before(scale, rows, RATIO, PASTS)) * 2 * HALF
-    key_at = key_base + entry[:, None] * (2 * HALF) + channel[None, :]
-    keys_first = tl.load(key_at, mask=inside, other=0.0)
-    keys_second = tl.load(key_at + HALF, mask=inside, other=0.0)
+    key_tile = tl.load(key_base + entry[:, None] * (2 * HALF) + channels[None, :], mask=inside, other=0.0)
     value_stride = pick(value_strides[0], scale)
     value_at = pick(values, scale) + group * pick(value_strides[1], scale)
     value_at += entry.to(tl.int64)[:, None] * value_stride + channels[None, :]
-    value = tl.load(value_at, mask=inside, other=0.0)
+    value_tile = tl.load(value_at, mask=inside, other=0.0)
 
     grad_value = tl.zeros([KEYS, 2 * HALF], tl.float32)
-    grad_first = tl.zeros([KEYS, HALF], tl.float32)
-    grad_second = tl.zeros([KEYS, HALF], tl.float32)
+    grad_key = tl.zeros([KEYS, 2 * HALF], tl.float32)
     for head in tl.range(group * n_per_group, (group + 1) * n_per_group, flatten=FLATTEN):
         gain_first = tl.load(query_gain + head * 2 * HALF + channel)[None, :].to(tl.float32)
         gain_second = tl.load(query_gain + head * 2 * HALF + HALF + channel)[None, :].to(tl.float32)
@@ -119,25 +120,22 @@ def key_gradient_kernel(
             q_at = q + head * q_strides[1] + row.to(tl.int64)[:, None] * q_strides[0] + channel[None, :]
             first = tl.load(q_at, mask=real[:, None], other=0.0).to(tl.float32)
             second = tl.load(q_at + HALF, mask=real[:, None], other=0.0).to(tl.float32)
-            norm = tl.load(norms + head * rows + row, mask=real, other=0.0)[:, None]
-            cosine, sine = cosine_sine(turns(row - document, frequency, scale, channel, HALF), FAST)
-            first, second = rotated(first * norm * gain_first, second * norm * gain_second, cosine, sine)
-            first, second = first.to(operand), second.to(operand)
+            norm = tl.load(norms + head * rows + row, mask=real, other=0.0)
+            cosine, sine = cosine_sine(turns(row - document, frequency, scale, channel, HALF, FAST), FAST)
+            first, second = rotated(first * gain_first, second * gain_second, cosine, sine)
+            query = joined(first.to(operand), second.to(operand))
 
-            logits = tl.dot(keys_first, first.T, input_precision=PRECISION)
-            logits = tl.dot(keys_second, second.T, logits, input_precision=PRECISION)
+            logits = tl.dot(key_tile, query.T, input_precision=PRECISION)
             offset = tl.load(offsets + (head * SCALES + scale) * rows + row, mask=real, other=0.0)
-            seen = (slot[:, None] >= see_from[None, :]) & (slot[:, None] < see_to[None, :])
-            logits = logits * (LOG2_E / (2 * HALF) ** 0.5) + offset[None, :]
-            weight = tl.exp2(tl.where(seen, logits, float("-inf")))
+            seen = within(slot[:, None], see_from[None, :], (see_to - see_from)[None, :])
+            weight = tl.exp2(tl.where(seen, logits * (norm * unit)[None, :] + offset[None, :], float("-inf")))
             grad_at = grad_out + head * grad_out_strides[1] + channels[None, :]
             grad = tl.load(grad_at + row.to(tl.int64)[:, None] * grad_out_strides[0], mask=real[:, None], other=0.0)
             grad_value = tl.dot(weight.to(operand), grad, grad_value, input_precision=PRECISION)
-            grad_weight = tl.dot(value, grad.T, input_precision=PRECISION)
+            grad_weight = tl.dot(value_tile, grad.T, input_precision=PRECISION)
             own_delta = tl.load(delta + head * rows + row, mask=real, other=0.0)
-            grad_logits = (weight * (grad_weight - own_delta[None, :])).to(operand)
-            grad_first = tl.dot(grad_logits, first, grad_first, input_precision=PRECISION)
-            grad_second = tl.dot(grad_logits, second, grad_second, input_precision=PRECISION)
+            grad_logits = weight * (grad_weight - own_delta[None, :]) * norm[None, :]
+            grad_key = tl.dot(grad_logits.to(operand), query, grad_key, input_precision=PRECISION)
 
     stored = grad_values[0].dtype.element_ty
     grad_stride, grad_group = pick(grad_strides[0], scale), pick(grad_strides[1], scale)
@@ -145,7 +143,8 @@ def key_gradient_kernel(
     tl.store(pick(grad_values, scale) + to + channels[None, :], grad_value.to(stored), mask=inside)
 
     place = places_of(slot, document_start, rows, RATIO, scale)
-    cosine, sine = cosine_sine(turns(place, frequency, scale, channel, HALF), FAST)
+    cosine, sine = cosine_sine(turns(place, frequency, scale, channel, HALF, FAST), FAST)
+    grad_first, grad_second = halves(grad_key)
     grad_first, grad_second = rotated(grad_first, grad_second, cosine, -sine)
     grad_first *= (2 * HALF) ** -0.5
     grad_second *= (2 * HALF) ** -0.5

@@ -27,11 +27,10 @@ def locate_tile(tile, rows, TILE: tl.constexpr, RATIO: tl.constexpr, PASTS: tl.c
     Its tiles are seen by the most rows, and what takes longest should begin first.
     """
     scale, within = 0, tile
-    for i in tl.static_range(len(PASTS)):
-        this: tl.constexpr = len(PASTS) - 1 - i
-        count = tl.cdiv(PASTS[this] + slot_count(rows, RATIO, this), TILE)
+    for i in tl.static_range(len(PASTS) - 1, -1, -1):
+        count = tl.cdiv(PASTS[i] + slot_count(rows, RATIO, i), TILE)
         inside = (tile >= 0) & (tile < count)
-        scale, within = tl.where(inside, this, scale), tl.where(inside, tile, within)
+        scale, within = tl.where(inside, i, scale), tl.where(inside, tile, within)
         tile -= count
     return scale, within
 
@@ -75,7 +74,7 @@ def prepare_keys(
     first *= norm * tl.load(gain_at)[None, :].to(tl.float32)
     second *= norm * tl.load(gain_at + HALF)[None, :].to(tl.float32)
     place = places_of(entry - past, document_start, rows, RATIO, scale)
-    cosine, sine = cosine_sine(turns(place, frequency, scale, channel, HALF), FAST)
+    cosine, sine = cosine_sine(turns(place, frequency, scale, channel, HALF, FAST), FAST)
     first, second = rotated(first, second, cosine, sine)
     begin = entries_before(scale, rows, RATIO, PASTS) + group.to(tl.int64) * total
     to = prepared + (begin + entry)[:, None] * 2 * HALF + channel[None, :]

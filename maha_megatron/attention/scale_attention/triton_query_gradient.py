@@ -20,12 +20,15 @@ from maha_megatron.attention.scale_attention.triton_forward import (
 from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
     entries_before,
+    halves,
     inverse_norm,
+    joined,
     of_heads,
     pick,
     rotated,
     turns,
     visible,
+    within,
 )
 
 
@@ -85,6 +88,8 @@ def query_gradient_kernel(
     start, row, head, group = tile_rows(n_per_group, ROWS, HEADS)
     channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
     operand = keys.dtype.element_ty
+    key = tl.arange(0, KEYS)
+    key_offset = key[:, None] * (2 * HALF) + channels[None, :]
     inside = row < rows
     document = tl.load(document_start + tl.minimum(row, rows - 1)).to(tl.int32)
     last_row = tl.minimum(start + ROWS, rows) - 1
@@ -93,6 +98,7 @@ def query_gradient_kernel(
 
     raw_first, raw_second = load_queries(q, start, row, head, inside[:, None], q_strides, channel, HALF)
     norm = inverse_norm(raw_first.to(tl.float32), raw_second.to(tl.float32), EPSILON, HALF)
+    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     grad_at = at_lines(grad_out, start, row, head, grad_out_strides[0], grad_out_strides[1], channels)
     grad = tl.load(grad_at, mask=inside[:, None], other=0.0)
     out_at = at_lines(out, start, row, head, n * 2 * HALF, 2 * HALF, channels)
@@ -105,8 +111,7 @@ def query_gradient_kernel(
     columns = tl.arange(0, 8)
     utility_table = tl.zeros([HEADS * ROWS, 8], tl.float32)  # gradient of every scale's utility, and its weight
     weight_table = tl.zeros([HEADS * ROWS, 8], tl.float32)
-    grad_first = tl.zeros([HEADS * ROWS, HALF], tl.float32)
-    grad_second = tl.zeros([HEADS * ROWS, HALF], tl.float32)
+    grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     turned = tl.zeros([HEADS * ROWS, HALF], tl.uint32)  # where the accumulator stands
 
     for scale in tl.range(0, SCALES, flatten=FLATTEN):
@@ -115,58 +120,58 @@ def query_gradient_kernel(
         begin, _ = visible(start, first_document, window, RATIO, scale)
         _, end = visible(last_row, last_document, window, RATIO, scale)
 
-        first = raw_first.to(tl.float32) * norm[:, None] * of_heads(query_gain, head, channel, 2 * HALF, HEADS)
-        second = raw_second.to(tl.float32) * norm[:, None] * of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
+        # read again, from a cache: they would not fit into the registers
+        there = inside[:, None] & (begin <= end)
+        raw_first, raw_second = load_queries(q, start, row, head, there, q_strides, channel, HALF)
+        first = raw_first.to(tl.float32) * of_heads(query_gain, head, channel, 2 * HALF, HEADS)
+        second = raw_second.to(tl.float32) * of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
         offset = -own_lse
         if UTILITIES:
-            offset += utility(first, second, rho, beta, head, scale, n, channel, HALF, HEADS) * LOG2_E
+            offset += utility(first, second, norm, rho, beta, head, scale, n, channel, HALF, HEADS) * LOG2_E
         tl.store(offsets + (head * SCALES + scale) * rows + row, offset, mask=inside)
-        turn = turns(row - document, frequency, scale, channel, HALF)
+        turn = turns(row - document, frequency, scale, channel, HALF, FAST)
         cosine, sine = cosine_sine(turn, FAST)
         first, second = rotated(first, second, cosine, sine)
-        first, second = first.to(operand), second.to(operand)
+        query = joined(first.to(operand), second.to(operand))
         cosine, sine = cosine_sine(turn - turned, FAST)
-        grad_first, grad_second = rotated(grad_first, grad_second, cosine, sine)
+        first, second = halves(grad_query)
+        first, second = rotated(first, second, cosine, sine)
+        grad_query = joined(first, second)
         turned = turn
 
         past = pick(PASTS, scale)
         key_base = keys + (group.to(tl.int64) * total + entries_before(scale, rows, RATIO, PASTS) + past) * 2 * HALF
-        value_stride = pick(value_strides[0], scale)
-        value_base = pick(values, scale) + group * pick(value_strides[1], scale) + past.to(tl.int64) * value_stride
+        value_stride = pick(value_strides[0], scale).to(tl.int64)
+        value_base = pick(values, scale) + group * pick(value_strides[1], scale) + past * value_stride
+        value_offset = key[:, None] * value_stride + channels[None, :]
         grad_utility = tl.zeros([HEADS * ROWS], tl.float32)
         share = tl.zeros([HEADS * ROWS], tl.float32)
         for at in tl.range(begin, end, KEYS):
-            slot = at + tl.arange(0, KEYS)
-            there = (slot < end)[:, None]
-            key_at = key_base + slot[:, None] * (2 * HALF) + channel[None, :]
-            keys_first = tl.load(key_at, mask=there, other=0.0)
-            keys_second = tl.load(key_at + HALF, mask=there, other=0.0)
-            value_at = value_base + slot.to(tl.int64)[:, None] * value_stride + channels[None, :]
-            value = tl.load(value_at, mask=there, other=0.0)
-            logits = tl.dot(first, keys_first.T, input_precision=PRECISION)
-            logits = tl.dot(second, keys_second.T, logits, input_precision=PRECISION)
-            seen = (slot[None, :] >= see_from[:, None]) & (slot[None, :] < see_to[:, None])
-            logits = logits * (LOG2_E / (2 * HALF) ** 0.5) + offset[:, None]
-            weight = tl.exp2(tl.where(seen, logits, float("-inf")))
-            grad_weight = tl.dot(grad, value.T, input_precision=PRECISION)
+            real = (key < end - at)[:, None]
+            key_tile = tl.load(key_base + at * (2 * HALF) + key_offset, mask=real, other=0.0)
+            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+            logits = tl.dot(query, key_tile.T, input_precision=PRECISION)
+            grad_weight = tl.dot(grad, value_tile.T, input_precision=PRECISION)
+            seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+            weight = tl.exp2(tl.where(seen, logits * unit[:, None] + offset[:, None], float("-inf")))
             grad_logits = weight * (grad_weight - own_delta[:, None])
             if UTILITIES:
                 grad_utility += tl.sum(grad_logits, 1)
                 share += tl.sum(weight, 1)
-            grad_logits = grad_logits.to(operand)
-            grad_first = tl.dot(grad_logits, keys_first, grad_first, input_precision=PRECISION)
-            grad_second = tl.dot(grad_logits, keys_second, grad_second, input_precision=PRECISION)
+            grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=PRECISION)
         if UTILITIES:
             utility_table = tl.where((columns == scale)[None, :], grad_utility[:, None], utility_table)
             weight_table = tl.where((columns == scale)[None, :], share[:, None], weight_table)
 
     cosine, sine = cosine_sine(turned, FAST)
+    grad_first, grad_second = halves(grad_query)
     grad_first, grad_second = rotated(grad_first, grad_second, cosine, -sine)
     grad_first *= (2 * HALF) ** -0.5
     grad_second *= (2 * HALF) ** -0.5
 
     gain_first = of_heads(query_gain, head, channel, 2 * HALF, HEADS)
     gain_second = of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
+    raw_first, raw_second = load_queries(q, start, row, head, inside[:, None], q_strides, channel, HALF)
     unit_first, unit_second = raw_first.to(tl.float32) * norm[:, None], raw_second.to(tl.float32) * norm[:, None]
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     part = (tl.program_id(0) * n + heads)[:, None] * (2 * HALF) + channel[None, :]

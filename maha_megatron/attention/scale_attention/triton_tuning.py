@@ -12,6 +12,7 @@ class Tiles:
         keys: keys of a tile.
         heads: query heads of one KV group that share a tile of rows; a power of 2 that divides n/g.
         warps, stages: as Triton's num_warps and num_stages.
+        registers: the most that a thread may have; the compiler's own limit where None.
         flatten: make one loop of the loop over scales and the one over their tiles.
     """
 
@@ -20,6 +21,7 @@ class Tiles:
     heads: int = 1
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
     flatten: bool = False
 
 

@@ -7,10 +7,9 @@ import torch
 
 from maha_megatron.attention.aggregation.stated_program import StatedProgram, UnsolvedProgram
 from maha_megatron.attention.api import maha_attention
-from maha_megatron.attention.dispatch import BACKEND_NAMES
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
-from tests.support.attention import Case, attend, leaves, parameter_specs, start_rows
+from tests.support.attention import PLAIN_BACKENDS, Case, attend, leaves, parameter_specs, start_rows
 from tests.support.stated_programs import bounded_above, stated
 
 LENGTHS = (40, 1, 23)  # 64 tokens; scale 2 has 16 rows a block
@@ -41,7 +40,7 @@ def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
     return found | {f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)}
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 @pytest.mark.parametrize("coupling", ["none", "gram"])
 @pytest.mark.parametrize("regularizer", ["entropy", "quadratic"])
 def test_a_program_equals_the_exact_solver_at_64_tokens(regularizer, coupling, backend):
@@ -56,7 +55,7 @@ def test_a_program_equals_the_exact_solver_at_64_tokens(regularizer, coupling, b
     assert exact["grad of utility_bias"].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 def test_the_report_counts_every_row_and_head(backend, monkeypatch):
     stated_case = with_program("entropy", "none")
     values = leaves(stated_case, torch.float64)
@@ -88,7 +87,7 @@ def make_unsolvable(values: dict[str, torch.Tensor], row: int, head: int) -> Non
     values["utility_query"][0, head] = 1.0
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 @pytest.mark.parametrize(("row", "head"), [(0, 3), (37, 2)])
 def test_a_row_and_head_without_a_solution_are_named(backend, row, head):
     bounded, values = bounded_case()
