@@ -1,7 +1,13 @@
-"""Kernels in tests: calls with tiles of one's choice, and compilation for a card that is not there."""
+"""Kernels compiled ahead, for a card that is not there.
 
+python -m tests.support.kernels CAPABILITY WIDTH DTYPE     prints registers, spills and shared memory as JSON
+"""
+
+import dataclasses
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from maha_megatron.attention.scale_attention import triton_joint
 from maha_megatron.attention.scale_attention.triton_launch import Launch
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
+from maha_megatron.attention.spec import MahaSpec
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
@@ -44,6 +53,31 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     )
 
 
+def launches(
+    width: int, dtype: torch.dtype, tuning: Tuning | None = None, *, n: int = 16, g: int = 16
+) -> dict[str, Launch]:
+    """Every launch of forward and backward at 4,096 tokens and their default windows, on the meta device."""
+    windows, rows = (128, 112, 124, 64), 4096
+    spec = MahaSpec(ratio=4, windows=windows, convolution=False)
+
+    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
+    levels = [empty(rows // 4**scale, 2, g, width, kind=dtype) for scale in range(len(windows))]
+    learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
+    tuning = tuning or tuning_for(width, dtype.itemsize)
+    call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
+    keys, lse, made = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
+    grads = [torch.empty_like(level) for level in levels]
+    return {
+        "preparation": call.preparation(keys),
+        "attention": call.attention(keys, q, lse, None),
+        "query gradients": call.query_gradients(keys, q, lse, q, made),
+        "key gradients": call.key_gradients(keys, q, made, grads, empty(len(levels[0]), g, width)),
+    }
+
+
 def _signature(value):
     if isinstance(value, tuple):
         return tuple(_signature(item) for item in value)
@@ -73,3 +107,16 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
     return int(registers[1]), int(stack[1])
+
+
+def main() -> None:
+    capability, width, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+    found = {}
+    for name, launch in launches(width, dtype).items():
+        compiled = dataclasses.asdict(compile_launch(launch, capability))
+        found[name] = {key: value for key, value in compiled.items() if key != "ptx"}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -121,7 +121,7 @@ def turns(place, frequency, scale, channel, HALF: tl.constexpr, FAST: tl.constex
 def cosine_sine(turn, FAST: tl.constexpr):
     """Of turns in units of 2^-32. FAST: by the device's own functions, good to 2^-20, enough for 16-bit operands."""
     if FAST:
-        # the upper 23 bits as the mantissa of a number in [1, 2), which is a turn too many: a conversion would be slower
+        # the upper 23 bits as the mantissa of a number in [1, 2), a turn too many: a conversion would be slower
         angle = ((turn >> 9) + 0x3F800000).to(tl.float32, bitcast=True) * 6.283185307179586
         return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     angle = turn.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32

@@ -215,7 +215,8 @@ class Call:
         learned = [made["gain_parts"].sum(0).to(self.query_gain.dtype), gain_parts.sum(0).to(self.key_gain.dtype)]
         if self.rho is None:
             return made["grad_q"], (*learned, None, None), grad_levels
-        learned += [made["rho_parts"].sum(0).to(self.rho.dtype), made["beta_parts"].sum(0).to(self.beta.dtype)]
+        grad_rho = made["rho_parts"].sum(0) * self.query_gain
+        learned += [grad_rho.to(self.rho.dtype), made["beta_parts"].sum(0).to(self.beta.dtype)]
         return made["grad_q"], tuple(learned), grad_levels
 
 

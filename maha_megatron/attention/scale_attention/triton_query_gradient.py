@@ -39,6 +39,13 @@ def sum_lines(x, ROWS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """Some channels of the heads of this program [HEADS, channels], into row `line` of [lines, n, d]."""
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    tl.store(parts + (line * n + head)[:, None] * (2 * HALF) + channel[None, :], part)
+
+
+@triton.jit
 def column(table, index, COLUMNS: tl.constexpr):
     """Column `index` of [lines, COLUMNS]."""
     return tl.sum(tl.where((tl.arange(0, COLUMNS) == index)[None, :], table, 0.0), 1)
@@ -65,7 +72,7 @@ def query_gradient_kernel(
     norms,  # [n, t], 1 / root mean square of the raw queries
     offsets,  # [n, L, t], c_l - LSE in units of log 2
     gain_parts,  # [tiles, n, d]
-    rho_parts,  # [tiles, L, n, d]
+    rho_parts,  # [tiles, L, n, d], before the gain
     beta_parts,  # [tiles, L, n]
     rows,
     total,
@@ -112,7 +119,6 @@ def query_gradient_kernel(
     utility_table = tl.zeros([HEADS * ROWS, 8], tl.float32)  # gradient of every scale's utility, and its weight
     weight_table = tl.zeros([HEADS * ROWS, 8], tl.float32)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
-    turned = tl.zeros([HEADS * ROWS, HALF], tl.uint32)  # where the accumulator stands
 
     for scale in tl.range(0, SCALES, flatten=FLATTEN):
         window = pick(WINDOWS, scale)
@@ -133,11 +139,11 @@ def query_gradient_kernel(
         cosine, sine = cosine_sine(turn, FAST)
         first, second = rotated(first, second, cosine, sine)
         query = joined(first.to(operand), second.to(operand))
-        cosine, sine = cosine_sine(turn - turned, FAST)
+        before = turns(tl.where(scale > 0, row - document, 0), frequency, tl.maximum(scale - 1, 0), channel, HALF, FAST)
+        cosine, sine = cosine_sine(turn - before, FAST)
         first, second = halves(grad_query)
         first, second = rotated(first, second, cosine, sine)
         grad_query = joined(first, second)
-        turned = turn
 
         past = pick(PASTS, scale)
         key_base = keys + (group.to(tl.int64) * total + entries_before(scale, rows, RATIO, PASTS) + past) * 2 * HALF
@@ -163,34 +169,39 @@ def query_gradient_kernel(
             utility_table = tl.where((columns == scale)[None, :], grad_utility[:, None], utility_table)
             weight_table = tl.where((columns == scale)[None, :], share[:, None], weight_table)
 
-    cosine, sine = cosine_sine(turned, FAST)
+    cosine, sine = cosine_sine(turns(row - document, frequency, SCALES - 1, channel, HALF, FAST), FAST)
     grad_first, grad_second = halves(grad_query)
     grad_first, grad_second = rotated(grad_first, grad_second, cosine, -sine)
     grad_first *= (2 * HALF) ** -0.5
     grad_second *= (2 * HALF) ** -0.5
 
-    gain_first = of_heads(query_gain, head, channel, 2 * HALF, HEADS)
-    gain_second = of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
-    raw_first, raw_second = load_queries(q, start, row, head, inside[:, None], q_strides, channel, HALF)
-    unit_first, unit_second = raw_first.to(tl.float32) * norm[:, None], raw_second.to(tl.float32) * norm[:, None]
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    part = (tl.program_id(0) * n + heads)[:, None] * (2 * HALF) + channel[None, :]
     if UTILITIES:
         # a change of all utilities alike changes nothing: take out what rounding left in that direction
         utility_table -= weight_table * tl.sum(utility_table, 1)[:, None]
         for scale in tl.range(0, SCALES):
-            grad_utility = column(utility_table, scale, 8)
-            at = rho + scale * n * 2 * HALF
-            grad_first += grad_utility[:, None] * of_heads(at, head, channel, 2 * HALF, HEADS)
-            grad_second += grad_utility[:, None] * of_heads(at, head, channel + HALF, 2 * HALF, HEADS)
-            line = (tl.program_id(0) * SCALES + scale) * n + heads
-            rho_at = rho_parts + line[:, None] * (2 * HALF) + channel[None, :]
-            tl.store(rho_at, sum_lines(grad_utility[:, None] * unit_first * gain_first, ROWS, HEADS))
-            tl.store(rho_at + HALF, sum_lines(grad_utility[:, None] * unit_second * gain_second, ROWS, HEADS))
-            tl.store(beta_parts + line, tl.sum(tl.reshape(grad_utility, [HEADS, ROWS]), 1))
-    tl.store(gain_parts + part, sum_lines(grad_first * unit_first, ROWS, HEADS))
-    tl.store(gain_parts + part + HALF, sum_lines(grad_second * unit_second, ROWS, HEADS))
-    grad_first, grad_second = grad_first * gain_first, grad_second * gain_second
+            line = (tl.program_id(0) * SCALES + scale) * n + tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+            beta_part = tl.sum(tl.reshape(column(utility_table, scale, 8), [HEADS, ROWS]), 1)
+            tl.store(beta_parts + line, beta_part)
+    # half by half, as the registers want it
+    for half in tl.static_range(2):
+        at = half * HALF + channel
+        raw = tl.load(
+            at_lines(q, start, row, head, q_strides[0], q_strides[1], at), mask=inside[:, None], other=0.0
+        ).to(tl.float32)
+        unit_half = raw * norm[:, None]
+        grad_half = grad_first if half == 0 else grad_second
+        if UTILITIES:
+            for scale in tl.range(0, SCALES):
+                grad_utility = column(utility_table, scale, 8)[:, None]
+                grad_half += grad_utility * of_heads(rho + scale * n * 2 * HALF, head, at, 2 * HALF, HEADS)
+                part = sum_lines(grad_utility * unit_half, ROWS, HEADS)
+                store_part(rho_parts, tl.program_id(0) * SCALES + scale, n, part, at, HALF, HEADS)
+        store_part(gain_parts, tl.program_id(0), n, sum_lines(grad_half * unit_half, ROWS, HEADS), at, HALF, HEADS)
+        grad_half *= of_heads(query_gain, head, at, 2 * HALF, HEADS)
+        if half == 0:
+            unit_first, grad_first = unit_half, grad_half
+        else:
+            unit_second, grad_second = unit_half, grad_half
     along = (tl.sum(grad_first * unit_first, 1) + tl.sum(grad_second * unit_second, 1))[:, None] / (2 * HALF)
     to = at_lines(grad_q, start, row, head, n * 2 * HALF, 2 * HALF, channel)
     grad_first = (grad_first - unit_first * along) * norm[:, None]

@@ -40,4 +40,5 @@ def tuning_for(width: int, itemsize_bytes: int) -> Tuning:
     if itemsize_bytes == 4:
         small = Tiles(rows=32, keys=32, stages=1)
         return Tuning(keys=Tiles(keys=32), forward=small, query_gradient=small, key_gradient=small)
-    return Tuning()
+    wide = Tiles(rows=128, warps=8)
+    return Tuning(forward=wide, query_gradient=wide, key_gradient=Tiles(rows=32, keys=128, warps=8))
