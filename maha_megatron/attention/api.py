@@ -110,8 +110,7 @@ def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, 
         rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
         mixed = operators.convolve(*rows) if past is None else convolve_after(operators.convolve, past.rows, *rows)
         q_tnd, k_tgd, v_tgd = mixed
-    kv = torch.stack((k_tgd, v_tgd), dim=1)
-    levels = operators.build_pyramid(kv, document_start_t, parameters, spec, entries)
+    levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec, entries)
     return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights), levels
 
 

@@ -94,7 +94,7 @@ class Probabilities:
         if spec.convolution:
             weight = parameters.convolution
             q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, weight)
-        self.levels = operators.build_pyramid(torch.stack((k_tgd, v_tgd), dim=1), document_start_t, parameters, spec)
+        self.levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec)
         self.queries = [q_tnd] * spec.scales
         if spec.queries == "pooled":
             self.queries = pool_queries(operators.build_pyramid, q_tnd, document_start_t, spec)
@@ -114,7 +114,7 @@ class Probabilities:
         else:
             query, position = self.queries[scale][row], (row - document).double() / step
         query = self._turned(query, self.parameters.query_gain, position)
-        key = self._turned(self.levels[scale][:, 0], self.parameters.key_gain, slot_positions)
+        key = self._turned(self.levels[scale][0], self.parameters.key_gain, slot_positions)
         groups = key.shape[1]
         logits = torch.einsum("rgmd,sgd->rgms", query.unflatten(1, (groups, -1)), key).flatten(1, 2)
         slot = torch.arange(len(key), device=row.device)

@@ -222,13 +222,13 @@ class MahaState:
 
     def past(self, stream: int) -> "Past":
         """What one stream's piece reads."""
-        entries = [entry[stream, -window:] for entry, window in zip(self.entries, self.windows, strict=True)]
+        entries = [entry[stream, -window:].unbind(1) for entry, window in zip(self.entries, self.windows, strict=True)]
         return Past(entries, None if self.rows is None else self.rows[stream, -CONVOLUTION_REACH:])
 
     def after(
         self,
         stream: int,
-        levels: Sequence[torch.Tensor],
+        levels: Sequence[tuple[torch.Tensor, torch.Tensor]],
         raw_qkv: Sequence[torch.Tensor],
         document_start_t: torch.Tensor,
     ) -> "MahaState":
@@ -244,11 +244,14 @@ class MahaState:
         for scale, level in enumerate(levels):
             held, step = self.entries[scale][stream], stride(self.ratio, scale)
             older, keep = len(held) - self.windows[scale], len(held)
-            slots = torch.cat((held[:older], level)) if older else level
             _, end = visible_slots(length - 1, document, step, keep)
             slot = end + torch.arange(-keep, 0, device=document.device)
             missing = slot < first_slot_of(document, step)
-            entries.append(slots.index_select(0, slot + keep).masked_fill(missing[:, None, None, None], 0))
+            kept = []
+            for kind, slots in enumerate(level):
+                slots = torch.cat((held[:older, kind], slots)) if older else slots
+                kept.append(slots.index_select(0, slot + keep))
+            entries.append(torch.stack(kept, dim=1).masked_fill(missing[:, None, None, None], 0))
         rows = None
         if self.rows is not None:
             keep = self.rows.shape[1]
@@ -272,9 +275,11 @@ class MahaState:
 
 @dataclass(frozen=True)
 class Past:
-    """One stream's past: `entries` L tensors [w_l, 2, g, d], `rows` [4, n + 2g, d] raw (None without convolution)."""
+    """One stream's past: `entries` L times keys and values, each [w_l, g, d]; `rows` [4, n + 2g, d] raw (None without
+    convolution).
+    """
 
-    entries: list[torch.Tensor]
+    entries: list[tuple[torch.Tensor, torch.Tensor]]
     rows: torch.Tensor | None
 
 

@@ -64,17 +64,19 @@ def launches(
         return torch.empty(shape, dtype=kind, device="meta")
 
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
-    levels = [empty(rows // 4**scale, 2, g, width, kind=dtype) for scale in range(len(windows))]
+    level_keys, level_values = (
+        [empty(rows // 4**scale, g, width, kind=dtype) for scale in range(len(windows))] for _ in range(2)
+    )
+    levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
     tuning = tuning or tuning_for(width, dtype.itemsize)
     call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
     keys, lse, made = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
-    grads = [torch.empty_like(level) for level in levels]
     return {
         "preparation": call.preparation(keys),
         "attention": call.attention(keys, q, lse, None),
         "query gradients": call.query_gradients(keys, q, lse, q, made),
-        "key gradients": call.key_gradients(keys, q, made, grads, empty(len(levels[0]), g, width)),
+        "key gradients": call.key_gradients(keys, q, made, level_keys, level_values, empty(rows, g, width)),
     }
 
 

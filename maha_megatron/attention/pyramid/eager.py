@@ -21,23 +21,29 @@ _LEARNED = {"gated": ("gate_query", "gate_bias"), "conv": ("pool_kernel",), "mea
 
 
 def build_pyramid(
-    kv: torch.Tensor,
+    rows: tuple[torch.Tensor, ...],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
-    past: Sequence[torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
+    past: Sequence[tuple[torch.Tensor, ...]] | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
     """Packed keys and values of every scale; see pyramid/naive.py for shapes."""
     document_start_t = document_start_t.long()
-    levels = [kv if past is None else torch.cat((past[0], kv))]
+    levels = [rows if past is None else _joined(past[0], rows)]
     for scale in range(1, spec.scales):
-        past_slots = 0 if past is None else len(past[scale - 1])
+        past_slots = 0 if past is None else len(past[scale - 1][0])
         family = _family(document_start_t, spec.ratio, scale, past_slots)
         learned = [getattr(parameters, name)[scale - 1] for name in _LEARNED[spec.downsampling]]
-        pooled = _Pool.apply(levels[-1], spec.downsampling, past_slots, *family, *learned)
-        mapped = _MapKeys.apply(pooled, parameters.key_map[scale - 1]) if spec.key_map else pooled
-        levels.append(mapped if past is None else torch.cat((past[scale], mapped)))
+        pooled = _Pool.apply(spec.downsampling, past_slots, len(rows), *family, *levels[-1], *learned)
+        if spec.key_map:
+            keys, values = pooled
+            pooled = _MapKeys.apply(keys, parameters.key_map[scale - 1]), values
+        levels.append(pooled if past is None else _joined(past[scale], pooled))
     return levels
+
+
+def _joined(older: Sequence[torch.Tensor], newer: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat(parts) for parts in zip(older, newer, strict=True))
 
 
 def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -> tuple[torch.Tensor, ...]:
@@ -65,34 +71,39 @@ def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -
 
 
 class _Pool(torch.autograd.Function):
-    """Blocks [slots, 2, g, d] from their children; `learned` are the tensors of the scale that _LEARNED names.
+    """Blocks, `kinds` tensors [slots, g, d], from their children in `kinds` finer ones (keys and values, or queries
+    alone); after those come the learned tensors of the scale that _LEARNED names.
 
-    `finer` has `past` slots in front of slot 0.
+    The finer ones have `past` slots in front of slot 0.
     """
 
     @staticmethod
-    def forward(ctx, finer, downsampling, past, children, complete, place, *learned):
-        ctx.save_for_backward(finer, children, complete, place, *learned)
-        ctx.downsampling, ctx.past = downsampling, past
-        pooled = torch.empty(len(children), *finer.shape[1:], dtype=finer.dtype, device=finer.device)
+    def forward(ctx, downsampling, past, kinds, children, complete, place, *tensors):
+        ctx.save_for_backward(children, complete, place, *tensors)
+        ctx.downsampling, ctx.past, ctx.kinds = downsampling, past, kinds
+        finer, learned = tensors[:kinds], tensors[kinds:]
+        shape = (len(children), kinds, *finer[0].shape[1:])
+        pooled = torch.empty(shape, dtype=finer[0].dtype, device=finer[0].device)
         for start, stop in _blocks(finer, children):
             members = _members(finer, children[start:stop])
             pooled[start:stop] = members.mul_(_shares(downsampling, members, learned)).sum(1)
-        return pooled.mul_(complete[:, None, None, None])
+        return pooled.mul_(complete[:, None, None, None]).unbind(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        finer, children, complete, place, *learned = ctx.saved_tensors
-        slots, ratio = children.shape
-        grad_finer = torch.empty(finer.shape, dtype=finer.dtype, device=finer.device)
-        dtype = torch.promote_types(finer.dtype, torch.float32)
-        nobody = torch.zeros(1, *finer.shape[1:], dtype=dtype, device=finer.device)
+    def backward(ctx, *grads):
+        children, complete, place, *tensors = ctx.saved_tensors
+        finer, learned = tensors[: ctx.kinds], tensors[ctx.kinds :]
+        (slots, ratio), count = children.shape, len(finer[0])
+        grad_finer = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in finer]
+        dtype = torch.promote_types(finer[0].dtype, torch.float32)
+        nobody = torch.zeros(1, ctx.kinds, *finer[0].shape[1:], dtype=dtype, device=finer[0].device)
         before, done = nobody.expand(ratio, -1, -1, -1), 0  # gradients of the children of the slot before the block
         grad_learned = [0] * len(learned)
         for start, stop in _blocks(finer, children):
             members = _members(finer, children[start:stop])
-            grad_pooled = grad[start:stop, None] * complete[start:stop, None, None, None, None]
+            grad_pooled = torch.stack([grad[start:stop, None] for grad in grads], dim=2)
+            grad_pooled *= complete[start:stop, None, None, None, None]
             shares = _shares(ctx.downsampling, members, learned)
             grad_children, of_learned = shares * grad_pooled, ()
             if ctx.downsampling == "gated":
@@ -104,22 +115,24 @@ class _Pool(torch.autograd.Function):
             grad_learned = [total + part for total, part in zip(grad_learned, of_learned, strict=True)]
             grad_children = grad_children.expand_as(members)  # a plain mean has one for all children
             known = torch.cat((before, grad_children.flatten(0, 1), nobody))
-            first, done = done, len(finer) if stop == slots else ctx.past + (stop - 1) * ratio + 1
+            first, done = done, count if stop == slots else ctx.past + (stop - 1) * ratio + 1
             from_known = (place[first:done] - (start - 1) * ratio).clamp_(max=len(known) - 1)
-            grad_finer[first:done] = known.index_select(0, from_known)
+            for kind, grad in enumerate(grad_finer):
+                grad[first:done] = known[:, kind].index_select(0, from_known)
             before = grad_children[-1]
         grad_learned = [total.to(tensor.dtype) for total, tensor in zip(grad_learned, learned, strict=True)]
-        return grad_finer, None, None, None, None, None, *grad_learned
+        return None, None, None, None, None, None, *grad_finer, *grad_learned
 
 
-def _members(finer: torch.Tensor, children: torch.Tensor) -> torch.Tensor:
-    """Children [slots, r, 2, g, d] in at least fp32."""
-    dtype = torch.promote_types(finer.dtype, torch.float32)
-    return finer.index_select(0, children.flatten()).unflatten(0, children.shape).to(dtype)
+def _members(finer: Sequence[torch.Tensor], children: torch.Tensor) -> torch.Tensor:
+    """Children [slots, r, kinds, g, d] in at least fp32."""
+    dtype, chosen = torch.promote_types(finer[0].dtype, torch.float32), children.flatten()
+    members = torch.stack([x.index_select(0, chosen).to(dtype) for x in finer], dim=1)
+    return members.unflatten(0, children.shape)
 
 
 def _shares(downsampling: str, members: torch.Tensor, learned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What a block takes of each of its `members` [slots, r, 2, g, d]; broadcasts against them."""
+    """What a block takes of each of its `members` [slots, r, kinds, g, d]; broadcasts against them."""
     ratio = members.shape[1]
     if downsampling == "mean":
         return members.new_full((), 1 / ratio)
@@ -144,34 +157,28 @@ def _centred(grad_gates: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(finer, children):
-    return row_blocks(len(children), children.shape[1] * finer[0].numel(), finer.device)
+    numbers = children.shape[1] * sum(x[0].numel() for x in finer)
+    return row_blocks(len(children), numbers, finer[0].device)
 
 
 class _MapKeys(torch.autograd.Function):
-    """Levels [slots, 2, g, d] with key_map [g, d, d] @ key in place of their keys; values as they are."""
+    """key_map [g, d, d] @ key of every key [slots, g, d]."""
 
     @staticmethod
-    def forward(ctx, pooled, key_map):
-        keys = pooled[:, 0].clone()  # the clone lets go of the values
+    def forward(ctx, keys, key_map):
         ctx.save_for_backward(keys, key_map)
-        return _with_keys(pooled, _by_group(keys, key_map.mT))
+        return _by_group(keys, key_map.mT).to(keys.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         keys, key_map = ctx.saved_tensors
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        grad_map = grad[:, 0].to(dtype).movedim(0, -1) @ keys.to(dtype).transpose(0, 1)
-        return _with_keys(grad, _by_group(grad[:, 0], key_map)), grad_map.to(key_map.dtype)
+        grad_map = grad.to(dtype).movedim(0, -1) @ keys.to(dtype).transpose(0, 1)
+        return _by_group(grad, key_map).to(keys.dtype), grad_map.to(key_map.dtype)
 
 
 def _by_group(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """rows [slots, g, d] times the matrices [g, d, d] of their group, in at least fp32."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return (rows.to(dtype).transpose(0, 1) @ matrices.to(dtype)).transpose(0, 1)
-
-
-def _with_keys(level: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    replaced = torch.empty_like(level, memory_format=torch.contiguous_format)
-    replaced[:, 0], replaced[:, 1] = keys, level[:, 1]
-    return replaced

@@ -10,26 +10,27 @@ from maha_megatron.scales import complete_blocks, first_slot, slot_count, stride
 
 
 def build_pyramid(
-    kv: torch.Tensor,
+    rows: tuple[torch.Tensor, ...],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
-    past: Sequence[torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
+    past: Sequence[tuple[torch.Tensor, ...]] | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
     """Packed keys and values of every scale.
 
     Args:
-        kv: [t, 2, g, d] keys (0) and values (1) of scale 0, neither normalised nor rotated.
+        rows: keys and values of scale 0, each [t, g, d], neither normalised nor rotated.
         document_start_t: [t] int; negative for rows of a document that began before these rows.
-        past: for such rows, the newest complete blocks of every scale, newest last, L tensors [past_l, 2, g, d] with
-            past_l >= r - 1 below the last scale.
+        past: for such rows, the newest complete blocks of every scale, newest last, L times keys and values,
+            each [past_l, g, d], with past_l >= r - 1 below the last scale.
 
     Returns:
-        L tensors [past_l + ceil(t / R_l), 2, g, d], slot j at index past_l + j: what attention normalises and rotates
-        and what the next scale pools, keys of coarse scales after their key map. Slots that hold no complete block are
-        zero.
+        L times keys and values, each [past_l + ceil(t / R_l), g, d], slot j at index past_l + j: what attention
+        normalises and rotates and what the next scale pools, keys of coarse scales after their key map. Slots that hold
+        no complete block are zero.
     """
-    past = [kv[:0]] * spec.scales if past is None else past
+    kv = torch.stack(rows, dim=1)
+    past = [kv[:0]] * spec.scales if past is None else [torch.stack(older, dim=1) for older in past]
     levels = [torch.cat((past[0], kv))]
     for scale in range(1, spec.scales):
         step = stride(spec.ratio, scale)
@@ -42,7 +43,7 @@ def build_pyramid(
                 mapped = map_key(pooled, parameters.key_map[scale - 1]) if spec.key_map else pooled
                 slots[first_slot(start, step) + block] = mapped
         levels.append(torch.cat((past[scale], torch.stack(slots))))
-    return levels
+    return [level.unbind(1) for level in levels]
 
 
 def pool(children: torch.Tensor, parameters: AttentionParameters, spec: MahaSpec, scale: int) -> torch.Tensor:

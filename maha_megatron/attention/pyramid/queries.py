@@ -18,5 +18,5 @@ def pool_queries(
         q_tnd: queries [t, n, d] after the convolution, not normalised.
     """
     plain_mean = dataclasses.replace(spec, downsampling="mean", key_map=False)
-    levels = build_pyramid(q_tnd[:, None], document_start_t, AttentionParameters(), plain_mean)
-    return [level[:, 0] for level in levels]
+    levels = build_pyramid((q_tnd,), document_start_t, AttentionParameters(), plain_mean)
+    return [queries for (queries,) in levels]

@@ -40,16 +40,19 @@ def exp_(x: torch.Tensor) -> torch.Tensor:
 class Call:
     """What one call holds for all its chunks: parameters and where slots stand. Keys are made chunk by chunk.
 
+    `tensors` are the keys and values of every scale: keys of scale 0, values of scale 0, keys of scale 1, ...
+
     Logits, softmax and accumulation are in at least fp32. Matrix products read operands in the inputs' dtype on CUDA,
     where tensor cores want them. On a CPU that multiplies bf16 (4 times as fast as fp32) only those do that come after
     the softmax: their results are rounded to bf16 before they are summed over scales and tiles in fp32.
     """
 
-    def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, past_slots, levels):
+    def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, past_slots, tensors):
         rows, heads, _ = q.shape
-        self.q, self.levels, self.spec, self.past_slots = q, levels, spec, past_slots
+        self.q, self.spec, self.past_slots = q, spec, past_slots
+        self.keys, self.values = tensors[::2], tensors[1::2]
         self.query_gain, self.key_gain, self.rho, self.beta = query_gain, key_gain, rho, beta
-        self.groups, self.dtype = levels[0].shape[2], torch.promote_types(q.dtype, torch.float32)
+        self.groups, self.dtype = self.keys[0].shape[1], torch.promote_types(q.dtype, torch.float32)
         self.operand = q.dtype if q.is_cuda else self.dtype
         self.fast = q.dtype if q.is_cuda or (q.dtype == torch.bfloat16 and _multiplies_bf16()) else self.dtype
         limit = _LOGITS_PER_CHUNK["cuda" if q.is_cuda else "cpu"] // (heads * 2 * max(spec.windows))
@@ -68,7 +71,7 @@ class Call:
 
     def real(self, scale: int, span: range) -> slice:
         """The entries of a level that lie in a span of slots; the rest of the span is padding."""
-        past, entries = self.past_slots[scale], len(self.levels[scale])
+        past, entries = self.past_slots[scale], len(self.keys[scale])
         return slice(min(max(span.start + past, 0), entries), min(max(span.stop + past, 0), entries))
 
     def inside(self, scale: int, span: range, entries: slice) -> slice:
@@ -90,11 +93,11 @@ class Call:
         begin = [held.stop if held else span.start for held, span in zip(self._spans, spans, strict=True)]
         fresh = [self.real(scale, range(begin[scale], span.stop)) for scale, span in enumerate(spans)]
         counts = [entries.stop - entries.start for entries in fresh]
-        raw = torch.cat([level[entries, 0] for level, entries in zip(self.levels, fresh, strict=True)])
+        raw = torch.cat([keys[entries] for keys, entries in zip(self.keys, fresh, strict=True)])
         made = torch.empty(raw.shape, dtype=self.operand, device=raw.device)
         normalise_rotate(raw, self.key_gain, *self.rotation_of(fresh), self.spec.norm_epsilon, made)
         for scale, keys in enumerate(made.split(counts)):
-            values, inside = self.levels[scale][fresh[scale], 1], self.inside(scale, spans[scale], fresh[scale])
+            values, inside = self.values[scale][fresh[scale]], self.inside(scale, spans[scale], fresh[scale])
             moved = []
             for old, new, dtype in zip(self._operands[scale], (keys, values), (self.operand, self.fast), strict=True):
                 moved.append(self.moved(old, self._spans[scale], spans[scale], dtype))

@@ -22,7 +22,7 @@ from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
 def attend(
     q_tnd: torch.Tensor,
-    levels: list[torch.Tensor],
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,

@@ -15,6 +15,8 @@ so the offsets a [t, n, L] are all that backward needs to rebuild the probabilit
 Kept for backward: q, the levels, out, a. Infeasible scales have P = 0 exactly, and every gradient carries P.
 """
 
+import itertools
+
 import torch
 
 from maha_megatron.attention.aggregation.eager import scale_log_weights
@@ -25,7 +27,7 @@ from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
 def attend_jointly(
     q_tnd: torch.Tensor,
-    levels: list[torch.Tensor],
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
@@ -45,7 +47,7 @@ def attend_jointly(
         document_start_t,
         spec,
         past_slots,
-        *levels,
+        *itertools.chain(*levels),
     )
 
 
@@ -72,7 +74,7 @@ class _JointAttention(torch.autograd.Function):
         for start, rows in call.plan.chunks():
             _attend_chunk_backward(Chunk(call, start, rows), grad_out, out, offsets, grads)
         grads.finish()
-        return grads.q, *grads.learned(), None, None, None, *grads.levels
+        return grads.q, *grads.learned(), None, None, None, *itertools.chain(*grads.levels)
 
 
 # a chunk and all that is made of it ends with its function: the next one finds the memory free

@@ -8,6 +8,8 @@ Kept for backward: q, the levels, O [t, n, L, d], LSE [t, n, L]. The outputs are
 reads them as they are and keeps no second copy.
 """
 
+import itertools
+
 import torch
 
 from maha_megatron.attention.scale_attention.chunks import Call, Chunk, attend_scale, exp_
@@ -17,7 +19,7 @@ from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
 def attend_scales(
     q_tnd: torch.Tensor,
-    levels: list[torch.Tensor],
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
@@ -29,7 +31,7 @@ def attend_scales(
     `document_start_t` is int64. A gradient of an infeasible LSE goes nowhere, but it must be finite.
     """
     gains = (parameters.query_gain, parameters.key_gain)
-    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, past_slots, *levels)
+    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, past_slots, *itertools.chain(*levels))
 
 
 class _ScalesAttention(torch.autograd.Function):
@@ -70,4 +72,4 @@ class _ScalesAttention(torch.autograd.Function):
                 grads.through_logits(chunk, scale, rotated, grad_logits)
             grads.add_queries(chunk)
         grads.finish()
-        return grads.q, *grads.learned()[:2], None, None, None, *grads.levels
+        return grads.q, *grads.learned()[:2], None, None, None, *itertools.chain(*grads.levels)

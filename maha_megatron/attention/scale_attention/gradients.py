@@ -24,7 +24,11 @@ class Gradients:
         self.call = call
         self.q = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
         self.query_gain, self.rho, self.beta = 0, 0, 0
-        self.levels = [torch.empty_like(level) for level in call.levels]
+        contiguous = {"memory_format": torch.contiguous_format}
+        self.levels = [
+            (torch.empty_like(keys, **contiguous), torch.empty_like(values, **contiguous))
+            for keys, values in zip(call.keys, call.values, strict=True)
+        ]
         self.key_gain = torch.zeros_like(call.key_gain, dtype=call.dtype)
         self.spans = [range(0)] * call.spec.scales
         self.keys, self.values = ([None] * call.spec.scales for _ in range(2))
@@ -47,19 +51,20 @@ class Gradients:
         self.spans = spans
 
     def _write(self, done: list[range]) -> None:
-        """The held gradients of the first slots of every scale, into its level [slots, 2, g, d]."""
+        """The held gradients of the first slots of every scale, into its level."""
         call = self.call
         entries = [call.real(scale, slots) for scale, slots in enumerate(done)]
         if not any(here.stop - here.start for here in entries):
             return
         inside = [call.inside(scale, slots, entries[scale]) for scale, slots in enumerate(done)]
         grad_keys = torch.cat([keys[:, here] for keys, here in zip(self.keys, inside, strict=True)], dim=1)
-        raw = torch.cat([level[here, 0] for level, here in zip(call.levels, entries, strict=True)])
+        raw = torch.cat([keys[here] for keys, here in zip(call.keys, entries, strict=True)])
         made, turn, epsilon = torch.empty_like(raw), call.rotation_of(entries), call.spec.norm_epsilon
         self.key_gain += normalise_rotate_backward(grad_keys.transpose(0, 1), raw, call.key_gain, *turn, epsilon, made)
-        for scale, keys in enumerate(made.split([here.stop - here.start for here in entries])):
-            self.levels[scale][entries[scale], 0] = keys
-            self.levels[scale][entries[scale], 1] = self.values[scale][:, inside[scale]].transpose(0, 1)
+        for scale, grads in enumerate(made.split([here.stop - here.start for here in entries])):
+            keys, values = self.levels[scale]
+            keys[entries[scale]] = grads
+            values[entries[scale]] = self.values[scale][:, inside[scale]].transpose(0, 1)
 
     def through_values(self, chunk: Chunk, scale: int, p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """out = P V of one scale: adds the gradient of V and returns that of P [g, rows, n/g, width of the band]."""

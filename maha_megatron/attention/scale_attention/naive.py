@@ -13,7 +13,7 @@ from maha_megatron.scales import complete_blocks, first_slot, stride, visible_bl
 
 def attend(
     q_tnd: torch.Tensor,
-    levels: list[torch.Tensor],
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
@@ -26,8 +26,8 @@ def attend(
     returned whether asked for or not: the output needs them.
     """
     past_slots = past_slots or (0,) * spec.scales
-    keys = [normalise(level[:, 0], parameters.key_gain, spec.norm_epsilon) for level in levels]
-    values = [level[:, 1] for level in levels]
+    keys = [normalise(keys, parameters.key_gain, spec.norm_epsilon) for keys, _ in levels]
+    values = [values for _, values in levels]
     width, outputs, lses = q_tnd.shape[-1], [], []
     for row, start in enumerate(document_start_t.tolist()):
         for scale, window in enumerate(spec.windows):

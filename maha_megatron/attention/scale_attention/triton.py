@@ -23,7 +23,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def attend(
     q_tnd: torch.Tensor,
-    levels: list[torch.Tensor],
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,

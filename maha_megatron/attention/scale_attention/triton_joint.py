@@ -24,7 +24,7 @@ from maha_megatron.scales import slot_count, stride
 
 def attend_jointly(
     q_tnd: torch.Tensor,
-    levels: Sequence[torch.Tensor],
+    levels: Sequence[tuple[torch.Tensor, torch.Tensor]],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
@@ -47,7 +47,8 @@ def attend_jointly(
         past_slots,
         with_weights,
         tuning or tuning_for(q_tnd.shape[-1], q_tnd.dtype.itemsize),
-        *levels,
+        *(keys for keys, _ in levels),
+        *(values for _, values in levels),
     )
     return out, weights
 
@@ -57,7 +58,7 @@ class _JointAttention(torch.autograd.Function):
     def forward(
         ctx, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, with_weights, tuning, *levels
     ):
-        call = Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)
+        call = Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, _pairs(levels))
         out, lse, scale_lse = call.forward(with_weights)
         ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start, out, lse, *levels)
         ctx.numbers = spec, past_slots, tuning
@@ -70,9 +71,9 @@ class _JointAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, _):
         q, query_gain, key_gain, rho, beta, document_start, out, lse, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, rho, beta, document_start, *ctx.numbers, levels)
-        grad_q, learned, grad_levels = call.backward(grad_out, out, lse)
-        return grad_q, *learned, None, None, None, None, None, *grad_levels
+        call = Call(q, query_gain, key_gain, rho, beta, document_start, *ctx.numbers, _pairs(levels))
+        grad_q, learned, grad_keys, grad_values = call.backward(grad_out, out, lse)
+        return grad_q, *learned, None, None, None, None, None, *grad_keys, *grad_values
 
 
 class Call:
@@ -81,15 +82,15 @@ class Call:
     def __init__(self, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels):
         self.q, self.query_gain, self.key_gain = _lined_up(q), query_gain.contiguous(), key_gain.contiguous()
         self.rho, self.beta = (None, None) if rho is None else (rho.contiguous(), beta.contiguous())
-        self.levels, self.spec, self.tuning, self.past_slots = levels, spec, tuning, past_slots
+        self.raw_keys, self.values = ([_lined_up(level[kind]) for level in levels] for kind in (0, 1))
+        self.spec, self.tuning, self.past_slots = spec, tuning, past_slots
         self.rows, self.n, self.d = q.shape
-        self.g = levels[0].shape[2]
+        self.g = self.raw_keys[0].shape[1]
         self.document_start = document_start.contiguous()
         self.entries = tuple(
             past + slot_count(self.rows, stride(spec.ratio, scale)) for scale, past in enumerate(past_slots)
         )
-        assert self.entries == tuple(len(level) for level in levels), (self.entries, [x.shape for x in levels])
-        self.raw_keys, self.values = ([level[:, i] for level in levels] for i in (0, 1))
+        assert self.entries == tuple(len(keys) for keys in self.raw_keys), (self.entries, [len(x) for x, _ in levels])
 
     def _geometry(self) -> dict[str, object]:
         """Arguments that every kernel has."""
@@ -187,9 +188,8 @@ class Call:
             "beta_parts": self._empty(parts, scales, n),
         }
 
-    def key_gradients(self, keys, grad_out, made, grad_levels, gain_parts) -> Launch:
+    def key_gradients(self, keys, grad_out, made, grad_keys, grad_values, gain_parts) -> Launch:
         tiles = self.tuning.key_gradient
-        grads = [level[:, 0] for level in grad_levels]
         arguments = self._attention(keys, tiles) | {name: made[name] for name in ("delta", "norms", "offsets")}
         arguments |= {
             "raw_keys": tuple(self.raw_keys),
@@ -197,27 +197,29 @@ class Call:
             "key_gain": self.key_gain,
             "grad_out": grad_out,
             "grad_out_strides": grad_out.stride()[:2],
-            "grad_keys": tuple(grads),
-            "grad_values": tuple(level[:, 1] for level in grad_levels),
-            "grad_strides": _strides(grads),
+            "grad_keys": tuple(grad_keys),
+            "grad_values": tuple(grad_values),
+            "grad_strides": _strides(grad_keys),
             "gain_parts": gain_parts,
         }
         return _launch(key_gradient_kernel, self._key_grid(tiles), arguments, tiles)
 
     def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
-        """Gradients of q; of query gain, key gain, rho and beta; and of the levels."""
+        """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
         grad_out = _lined_up(grad_out)
         keys, made = self.prepared_keys(), self.made_by_query_gradients()
         self.query_gradients(keys, out, lse, grad_out, made).run()
-        grad_levels = [torch.empty_like(level, memory_format=torch.contiguous_format) for level in self.levels]
+        grad_keys, grad_values = (
+            [self._empty(*x.shape, dtype=x.dtype) for x in of] for of in (self.raw_keys, self.values)
+        )
         gain_parts = self._empty(self._key_grid(self.tuning.key_gradient)[0], self.g, self.d)
-        self.key_gradients(keys, grad_out, made, grad_levels, gain_parts).run()
+        self.key_gradients(keys, grad_out, made, grad_keys, grad_values, gain_parts).run()
         learned = [made["gain_parts"].sum(0).to(self.query_gain.dtype), gain_parts.sum(0).to(self.key_gain.dtype)]
         if self.rho is None:
-            return made["grad_q"], (*learned, None, None), grad_levels
+            return made["grad_q"], (*learned, None, None), grad_keys, grad_values
         grad_rho = made["rho_parts"].sum(0) * self.query_gain
         learned += [grad_rho.to(self.rho.dtype), made["beta_parts"].sum(0).to(self.beta.dtype)]
-        return made["grad_q"], tuple(learned), grad_levels
+        return made["grad_q"], tuple(learned), grad_keys, grad_values
 
 
 def _launch(kernel, grid: tuple[int, ...], arguments: dict[str, object], tiles: Tiles) -> Launch:
@@ -227,6 +229,12 @@ def _launch(kernel, grid: tuple[int, ...], arguments: dict[str, object], tiles: 
         arguments={name: arguments[name] for name in kernel.arg_names},
         options={"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers},
     )
+
+
+def _pairs(levels: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of every scale, from the keys of all and then the values of all."""
+    half = len(levels) // 2
+    return list(zip(levels[:half], levels[half:], strict=True))
 
 
 def _lined_up(x: torch.Tensor) -> torch.Tensor:

@@ -31,13 +31,14 @@ def with_program(regularizer: str, coupling: str, **changes) -> Case:
     return case(regularizer, coupling, "program", program=program, **changes)
 
 
-def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    """Output, weights and the gradient of every leaf, fp64."""
-    values = leaves(case, torch.float64)
+def results(case: Case, backend: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Output, weights and the gradient of every leaf, fp64, on the CPU."""
+    values = leaves(case, torch.float64, device)
     found = attend(case, values, backend)
     direction = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grads = torch.autograd.grad(found["out"], list(values.values()), direction)
-    return found | {f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)}
+    grads = torch.autograd.grad(found["out"], list(values.values()), direction.to(device))
+    named = found | {f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)}
+    return {name: value.cpu() for name, value in named.items()}
 
 
 @pytest.mark.parametrize("backend", PLAIN_BACKENDS)
@@ -53,6 +54,17 @@ def test_a_program_equals_the_exact_solver_at_64_tokens(regularizer, coupling, b
     assert (found["weights"].sum(-1) - 1).abs().max() <= 1e-6
     assert ((found["weights"] == 0) == (exact["weights"] == 0)).all() or regularizer == "quadratic"
     assert exact["grad of utility_bias"].abs().max() > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("coupling", ["none", "gram"])
+@pytest.mark.parametrize("regularizer", ["entropy", "quadratic"])
+def test_on_a_gpu_a_program_gives_what_it_gives_on_the_cpu(regularizer, coupling):
+    stated_case = with_program(regularizer, coupling)
+    on_cpu, on_gpu = results(stated_case, "eager"), results(stated_case, "eager", "cuda")
+    for name, value in on_cpu.items():
+        tolerance = 1e-5 if name.startswith("grad") else 1e-6
+        assert (on_gpu[name] - value).abs().max() <= tolerance * value.abs().max().clamp_min(0.1), name
 
 
 @pytest.mark.parametrize("backend", PLAIN_BACKENDS)

@@ -118,10 +118,11 @@ def test_two_runs_are_bitwise_equal(options, backend):
 
 
 def levels_of(case: Case, values: dict[str, torch.Tensor], backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Keys and values of scale 0 as a leaf [t, 2, g, d], and the levels built on them."""
+    """Keys and values of scale 0 as a leaf [t, 2, g, d], and the levels built on them, [slots, 2, g, d]."""
     kv = torch.stack((values["k"], values["v"]), 1).detach().requires_grad_()
     learned = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
-    return kv, backend_named(backend).build_pyramid(kv, start_rows(case.lengths), learned, case.spec)
+    levels = backend_named(backend).build_pyramid(kv.unbind(1), start_rows(case.lengths), learned, case.spec)
+    return kv, [torch.stack(level, dim=1) for level in levels]
 
 
 @fast_backends
@@ -172,8 +173,9 @@ def test_eager_keeps_its_levels_and_under_a_key_map_the_pooled_keys(options):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _, levels = levels_of(case, leaves(case, torch.float32), "eager")
     pooled = [rows // 4**scale for scale in range(3)]
-    # the coarsest level is not pooled again
-    assert sum(size for _, size in kept) == g * d * (2 * sum(pooled[:-1]) + options["key_map"] * sum(pooled[1:]))
+    # the coarsest level is not pooled again; pooled keys lie beside their values, which attention keeps
+    under_map = options["key_map"] * (sum(pooled[1:]) + pooled[-1])
+    assert sum(size for _, size in kept) == g * d * (2 * sum(pooled[:-1]) + under_map)
     assert len(levels) == 3
 
 

@@ -37,8 +37,8 @@ def test_weights_times_probabilities_times_values_is_the_output(name):
     output = maha_attention(*arguments, with_weights=True)
     probabilities = Probabilities(backend("eager"), *arguments)
     rows, found = range(len(arguments[0])), 0
-    for scale, level in enumerate(probabilities.levels):
-        values = level[:, 1].repeat_interleave(2, dim=1)
+    for scale, (_, values) in enumerate(probabilities.levels):
+        values = values.repeat_interleave(2, dim=1)
         p = probabilities.of(scale, rows) * output.scale_weights_tnl[:, :, scale, None]
         found = found + torch.einsum("tns,snd->tnd", p, values)
     torch.testing.assert_close(found, output.out_tnd, rtol=0, atol=1e-12)

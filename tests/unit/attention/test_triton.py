@@ -56,8 +56,7 @@ def run(case: Case, values: dict[str, torch.Tensor], attention) -> dict[str, tor
     """Output, weights and every gradient by name, of `attention` on a pyramid in plain torch."""
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     start_t = documents_of(case, "cpu").start_t
-    kv = torch.stack((values["k"], values["v"]), dim=1)
-    levels = pyramid.build_pyramid(kv, start_t, parameters, case.spec)
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
     attended = attention(values["q"], levels, start_t, parameters, case.spec)
     out = attended.out_tnd
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
