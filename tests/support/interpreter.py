@@ -1,4 +1,6 @@
-"""Triton's interpreter: kernels run on the CPU, step by step. Import this before anything that imports kernels.
+"""Triton's interpreter: kernels run on the CPU, step by step; on a CUDA device where there is one, compiled.
+
+Import this before anything that imports kernels.
 
 Triton 3.6's own has three faults that these tests would meet, and that are mended here: numpy 2.4 no longer takes an
 array of one element for a loop bound; bf16 is held as the bits of integers, which products multiply; and rounding to
@@ -8,14 +10,17 @@ bf16 cuts off.
 import os
 
 import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
 
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _patch_tensor, _cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
 _Handle = interpreter.TensorHandle
 

@@ -17,10 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from maha_megatron.attention.pyramid import triton as pyramid
 from maha_megatron.attention.scale_attention import triton_joint
-from maha_megatron.attention.scale_attention.triton_launch import Launch
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
+from maha_megatron.attention.triton_launch import Launch
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
@@ -53,9 +54,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     )
 
 
-def launches(
-    width: int, dtype: torch.dtype, tuning: Tuning | None = None, *, n: int = 16, g: int = 16
-) -> dict[str, Launch]:
+def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
     """Every launch of forward and backward at 4,096 tokens and their default windows, on the meta device."""
     windows, rows = (128, 112, 124, 64), 4096
     spec = MahaSpec(ratio=4, windows=windows, convolution=False)
@@ -69,10 +68,13 @@ def launches(
     )
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
-    tuning = tuning or tuning_for(width, dtype.itemsize)
     call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
     keys, lse, made = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
+    gates = (empty(3, 2, g, width), empty(3, 2, g, 4))
+    call_of_pyramid = pyramid.Call(spec, start, gates, levels[0][0], (0,) * len(windows))
     return {
+        "pooling": call_of_pyramid.pooling(1, levels[0], levels[1]),
+        "pooling gradients": call_of_pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0],
         "preparation": call.preparation(keys),
         "attention": call.attention(keys, q, lse, None),
         "query gradients": call.query_gradients(keys, q, lse, q, made),
@@ -82,10 +84,11 @@ def launches(
 
 def _signature(value):
     if isinstance(value, tuple):
-        return tuple(_signature(item) for item in value)
+        items = [_signature(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
-    return "constexpr" if value == 1 else "i32"
+    return "constexpr" if value is None or value == 1 else "i32"
 
 
 def _describe(value, path, attributes, constants) -> None:
@@ -93,10 +96,10 @@ def _describe(value, path, attributes, constants) -> None:
     if isinstance(value, tuple):
         for index, item in enumerate(value):
             _describe(item, (*path, index), attributes, constants)
-    elif isinstance(value, torch.Tensor) or (value != 1 and value % 16 == 0):
-        attributes[path] = [["tt.divisibility", 16]]
-    elif value == 1:
+    elif value is None or (not isinstance(value, torch.Tensor) and value == 1):
         constants[path] = value
+    elif isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -114,7 +117,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     capability, width, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
     found = {}
-    for name, launch in launches(width, dtype).items():
+    tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
+    for name, launch in launches(width, dtype, tuning).items():
         compiled = dataclasses.asdict(compile_launch(launch, capability))
         found[name] = {key: value for key, value in compiled.items() if key != "ptx"}
     print(json.dumps(found))

@@ -10,15 +10,25 @@ bitwise reproducible.
 from collections.abc import Sequence
 
 import torch
+import triton
 
+from maha_megatron.attention.scale_attention.triton_arguments import (
+    Keys,
+    Places,
+    Queries,
+    QueryGradients,
+    Rows,
+    Scales,
+    Shape,
+)
 from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
 from maha_megatron.attention.scale_attention.triton_key_gradient import key_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
-from maha_megatron.attention.scale_attention.triton_launch import Launch
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, tuning_for
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.triton_launch import Launch
 from maha_megatron.scales import slot_count, stride
 
 
@@ -46,7 +56,7 @@ def attend_jointly(
         spec,
         past_slots,
         with_weights,
-        tuning or tuning_for(q_tnd.shape[-1], q_tnd.dtype.itemsize),
+        tuning or tuning_for(q_tnd.dtype.itemsize, _capability(q_tnd.device)),
         *(keys for keys, _ in levels),
         *(values for _, values in levels),
     )
@@ -92,38 +102,28 @@ class Call:
         )
         assert self.entries == tuple(len(keys) for keys in self.raw_keys), (self.entries, [len(x) for x, _ in levels])
 
-    def _geometry(self) -> dict[str, object]:
-        """Arguments that every kernel has."""
+    def _places(self) -> Places:
         spec = self.spec
         frequency = frequency_table(self.d, spec.rope_base, spec.ratio, spec.scales, self.q.device)
-        return {
-            "document_start": self.document_start,
-            "frequency": frequency,
-            "rows": self.rows,
-            "total": sum(self.entries),
-            "RATIO": spec.ratio,
-            "PASTS": self.past_slots,
-            "HALF": self.d // 2,
-            "EPSILON": spec.norm_epsilon,
-            "FAST": self.q.dtype.itemsize == 2 and _compiled(),
-        }
+        return Places(self.document_start, frequency, self.rows)
 
-    def _attention(self, keys: torch.Tensor, tiles: Tiles) -> dict[str, object]:
-        """Arguments of kernels that form logits."""
-        return self._geometry() | {
-            "q": self.q,
-            "q_strides": self.q.stride()[:2],
-            "keys": keys,
-            "values": tuple(self.values),
-            "value_strides": _strides(self.values),
-            "query_gain": self.query_gain,
-            "n_per_group": self.n // self.g,
-            "WINDOWS": self.spec.windows,
-            "PRECISION": "tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
-            "ROWS": tiles.rows,
-            "KEYS": tiles.keys,
-            "FLATTEN": tiles.flatten,
-        }
+    def _queries(self) -> Queries:
+        return Queries(_rows(self.q), self.query_gain, self.rho, self.beta, self.n, self.n // self.g)
+
+    def _keys(self, prepared: torch.Tensor) -> Keys:
+        return Keys(prepared, sum(self.entries), _scales(self.values))
+
+    def _shape(self) -> Shape:
+        return Shape(
+            ratio=self.spec.ratio,
+            windows=self.spec.windows,
+            past_slots=self.past_slots,
+            half=self.d // 2,
+            epsilon=self.spec.norm_epsilon,
+            fast=self.q.dtype.itemsize == 2 and _compiled(),
+            utilities=self.rho is not None,
+            precision="tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
+        )
 
     def _row_grid(self, tiles: Tiles) -> tuple[int, int]:
         return -(-self.rows // tiles.rows), self.n // tiles.heads
@@ -131,22 +131,19 @@ class Call:
     def _key_grid(self, tiles: Tiles) -> tuple[int, int]:
         return sum(-(-entries // tiles.keys) for entries in self.entries), self.g
 
-    def _utilities(self) -> dict[str, object]:
-        return {"rho": self.rho, "beta": self.beta, "UTILITIES": self.rho is not None, "n": self.n}
+    def _launch(self, kernel, grid: tuple[int, int], tiles: Tiles, *tensors, **sizes: int) -> Launch:
+        """Of a kernel that takes `tensors`, then a Shape, then sizes of its tiles."""
+        arguments = dict(zip(kernel.arg_names, (*tensors, self._shape()), strict=False)) | sizes
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
+        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options)
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
     def preparation(self, prepared: torch.Tensor) -> Launch:
         tiles = self.tuning.keys
-        arguments = self._geometry() | {
-            "keys": tuple(self.raw_keys),
-            "strides": _strides(self.raw_keys),
-            "gain": self.key_gain,
-            "prepared": prepared,
-            "TILE": tiles.keys,
-        }
-        return _launch(prepare_keys, self._key_grid(tiles), arguments, tiles)
+        tensors = (_scales(self.raw_keys), self._places(), self.key_gain, prepared, sum(self.entries))
+        return self._launch(prepare_keys, self._key_grid(tiles), tiles, *tensors, TILE=tiles.keys)
 
     def prepared_keys(self) -> torch.Tensor:
         """[g, entries of all scales, d] in q's dtype."""
@@ -156,9 +153,9 @@ class Call:
 
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
-        arguments = self._attention(keys, tiles) | self._utilities()
-        arguments |= {"out": out, "lse": lse, "scale_lse": scale_lse, "PARTS": scale_lse is not None}
-        return _launch(attend_kernel, self._row_grid(tiles), arguments | {"HEADS": tiles.heads}, tiles)
+        tensors = (self._queries(), self._keys(keys), self._places(), out, lse, scale_lse)
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def forward(self, with_weights: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Output [t, n, d], the softmax's log-sum-exp [n, t] and that of every scale [t, n, L], in units of log 2."""
@@ -168,41 +165,33 @@ class Call:
         self.attention(self.prepared_keys(), out, lse, scale_lse).run()
         return out, lse, scale_lse
 
-    def query_gradients(self, keys, out, lse, grad_out, made: dict[str, torch.Tensor]) -> Launch:
-        tiles = self.tuning.query_gradient
-        arguments = self._attention(keys, tiles) | self._utilities() | made
-        arguments |= {"out": out, "lse": lse, "grad_out": grad_out, "grad_out_strides": grad_out.stride()[:2]}
-        return _launch(query_gradient_kernel, self._row_grid(tiles), arguments | {"HEADS": tiles.heads}, tiles)
-
-    def made_by_query_gradients(self) -> dict[str, torch.Tensor]:
+    def made_by_query_gradients(self) -> QueryGradients:
         n, scales = self.n, self.spec.scales
         tiles = self._row_grid(self.tuning.query_gradient)[0]
         parts = 0 if self.rho is None else tiles
-        return {
-            "grad_q": self._empty(self.rows, n, self.d, dtype=self.q.dtype),
-            "delta": self._empty(n, self.rows),
-            "norms": self._empty(n, self.rows),
-            "offsets": self._empty(n, scales, self.rows),
-            "gain_parts": self._empty(tiles, n, self.d),
-            "rho_parts": self._empty(parts, scales, n, self.d),
-            "beta_parts": self._empty(parts, scales, n),
-        }
+        return QueryGradients(
+            grad_q=self._empty(self.rows, n, self.d, dtype=self.q.dtype),
+            delta=self._empty(n, self.rows),
+            norms=self._empty(n, self.rows),
+            offsets=self._empty(n, scales, self.rows),
+            gain_parts=self._empty(tiles, n, self.d),
+            rho_parts=self._empty(parts, scales, n, self.d),
+            beta_parts=self._empty(parts, scales, n),
+        )
 
-    def key_gradients(self, keys, grad_out, made, grad_keys, grad_values, gain_parts) -> Launch:
+    def query_gradients(self, keys, out, lse, grad_out, made: QueryGradients) -> Launch:
+        tiles = self.tuning.query_gradient
+        tensors = (self._queries(), self._keys(keys), self._places(), out, lse, _rows(grad_out), made)
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+
+    def key_gradients(self, keys, grad_out, made: QueryGradients, grad_keys, grad_values, gain_parts) -> Launch:
         tiles = self.tuning.key_gradient
-        arguments = self._attention(keys, tiles) | {name: made[name] for name in ("delta", "norms", "offsets")}
-        arguments |= {
-            "raw_keys": tuple(self.raw_keys),
-            "raw_key_strides": _strides(self.raw_keys),
-            "key_gain": self.key_gain,
-            "grad_out": grad_out,
-            "grad_out_strides": grad_out.stride()[:2],
-            "grad_keys": tuple(grad_keys),
-            "grad_values": tuple(grad_values),
-            "grad_strides": _strides(grad_keys),
-            "gain_parts": gain_parts,
-        }
-        return _launch(key_gradient_kernel, self._key_grid(tiles), arguments, tiles)
+        of_keys = (self._keys(keys), _scales(self.raw_keys), self.key_gain)
+        written = (_scales(grad_keys), _scales(grad_values), gain_parts)
+        tensors = (self._queries(), *of_keys, self._places(), _rows(grad_out), made, *written)
+        sizes = {"ROWS": tiles.rows, "KEYS": tiles.keys}
+        return self._launch(key_gradient_kernel, self._key_grid(tiles), tiles, *tensors, **sizes)
 
     def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
@@ -214,21 +203,12 @@ class Call:
         )
         gain_parts = self._empty(self._key_grid(self.tuning.key_gradient)[0], self.g, self.d)
         self.key_gradients(keys, grad_out, made, grad_keys, grad_values, gain_parts).run()
-        learned = [made["gain_parts"].sum(0).to(self.query_gain.dtype), gain_parts.sum(0).to(self.key_gain.dtype)]
+        learned = [made.gain_parts.sum(0).to(self.query_gain.dtype), gain_parts.sum(0).to(self.key_gain.dtype)]
         if self.rho is None:
-            return made["grad_q"], (*learned, None, None), grad_keys, grad_values
-        grad_rho = made["rho_parts"].sum(0) * self.query_gain
-        learned += [grad_rho.to(self.rho.dtype), made["beta_parts"].sum(0).to(self.beta.dtype)]
-        return made["grad_q"], tuple(learned), grad_keys, grad_values
-
-
-def _launch(kernel, grid: tuple[int, ...], arguments: dict[str, object], tiles: Tiles) -> Launch:
-    return Launch(
-        kernel=kernel,
-        grid=grid,
-        arguments={name: arguments[name] for name in kernel.arg_names},
-        options={"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers},
-    )
+            return made.grad_q, (*learned, None, None), grad_keys, grad_values
+        grad_rho = made.rho_parts.sum(0) * self.query_gain
+        learned += [grad_rho.to(self.rho.dtype), made.beta_parts.sum(0).to(self.beta.dtype)]
+        return made.grad_q, tuple(learned), grad_keys, grad_values
 
 
 def _pairs(levels: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -242,13 +222,19 @@ def _lined_up(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of tensors [entries, g, d]: between entries, and between groups."""
-    return tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors)
+def _rows(x: torch.Tensor) -> Rows:
+    return Rows(x, x.stride(0), x.stride(1))
+
+
+def _scales(tensors: Sequence[torch.Tensor]) -> Scales:
+    return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the card; of an Ampere where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def _compiled() -> bool:
     """Whether kernels are compiled, rather than interpreted."""
-    import triton
-
     return not triton.knobs.runtime.interpret

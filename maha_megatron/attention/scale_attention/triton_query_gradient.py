@@ -12,24 +12,28 @@ import triton.language as tl
 
 from maha_megatron.attention.scale_attention.triton_forward import (
     LOG2_E,
+    at_dense_lines,
     at_lines,
-    load_queries,
+    gained_queries,
+    query_norms,
+    slots_of_scale,
+    tile_ends,
     tile_rows,
+    turned_queries,
     utility,
+    visible_to_tile,
 )
 from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
-    entries_before,
     halves,
-    inverse_norm,
     joined,
     of_heads,
-    pick,
     rotated,
     turns,
-    visible,
-    within,
 )
+from maha_megatron.attention.triton_slots import visible, window_of, within
+
+COLUMNS = tl.constexpr(8)  # the most scales
 
 
 @triton.jit
@@ -46,165 +50,177 @@ def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.cons
 
 
 @triton.jit
-def column(table, index, COLUMNS: tl.constexpr):
+def column(table, index):
     """Column `index` of [lines, COLUMNS]."""
     return tl.sum(tl.where((tl.arange(0, COLUMNS) == index)[None, :], table, 0.0), 1)
 
 
 @triton.jit
+def with_column(table, index, x):
+    """The table with `x` as its column `index`."""
+    return tl.where((tl.arange(0, COLUMNS) == index)[None, :], x[:, None], table)
+
+
+@triton.jit
+def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
+    """The accumulator, turned from the angles of the scale before to those of this one; at scale 0 from none."""
+    channel = tl.arange(0, SHAPE.half)
+    turn = turns(place, places.frequency, scale, channel, SHAPE.half, SHAPE.fast)
+    before = tl.where(scale > 0, place, 0)
+    turn -= turns(before, places.frequency, tl.maximum(scale - 1, 0), channel, SHAPE.half, SHAPE.fast)
+    cosine, sine = cosine_sine(turn, SHAPE.fast)
+    first, second = halves(accumulator)
+    first, second = rotated(first, second, cosine, sine)
+    return joined(first, second)
+
+
+@triton.jit
+def store_utility_biases(table, made, n, SCALES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    for scale in tl.range(0, SCALES):
+        line = (tl.program_id(0) * SCALES + scale) * n + tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        tl.store(made.beta_parts + line, tl.sum(tl.reshape(column(table, scale), [HEADS, ROWS]), 1))
+
+
+@triton.jit
+def through_gain(
+    grad,
+    half,
+    norm,
+    table,
+    queries,
+    places,
+    made,
+    start,
+    row,
+    head,
+    SHAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """One half of the gradient of q', utilities added and their parts and the gain's stored: it times the gain, and q
+    normalised.
+    """
+    SCALES: tl.constexpr = len(SHAPE.windows)
+    at = half * SHAPE.half + tl.arange(0, SHAPE.half)
+    raw_at = at_lines(queries.raw, start, row, head, at)
+    raw = tl.load(raw_at, mask=(row < places.rows)[:, None], other=0.0).to(tl.float32)
+    normal, tile = raw * norm[:, None], tl.program_id(0)
+    if SHAPE.utilities:
+        for scale in tl.range(0, SCALES):
+            grad_utility = column(table, scale)[:, None]
+            rho_at = queries.rho + scale * queries.n * 2 * SHAPE.half
+            grad += grad_utility * of_heads(rho_at, head, at, 2 * SHAPE.half, HEADS)
+            part = sum_lines(grad_utility * normal, ROWS, HEADS)
+            store_part(made.rho_parts, tile * SCALES + scale, queries.n, part, at, SHAPE.half, HEADS)
+    part = sum_lines(grad * normal, ROWS, HEADS)
+    store_part(made.gain_parts, tile, queries.n, part, at, SHAPE.half, HEADS)
+    return grad * of_heads(queries.gain, head, at, 2 * SHAPE.half, HEADS), normal
+
+
+@triton.jit
+def store_query_gradients(
+    accumulator,
+    norm,
+    table,
+    document,
+    queries,
+    places,
+    made,
+    start,
+    row,
+    head,
+    SHAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Back from the last scale's angles, through utilities, gain and normalisation; half by half, as registers want."""
+    HALF: tl.constexpr = SHAPE.half
+    channel, inside = tl.arange(0, HALF), (row < places.rows)[:, None]
+    turn = turns(row - document, places.frequency, len(SHAPE.windows) - 1, channel, HALF, SHAPE.fast)
+    cosine, sine = cosine_sine(turn, SHAPE.fast)
+    first, second = halves(accumulator)
+    first, second = rotated(first, second, cosine, -sine)
+    scaling: tl.constexpr = (2 * HALF) ** -0.5
+    lines = (queries, places, made, start, row, head)
+    first, normal_first = through_gain(first * scaling, 0, norm, table, *lines, SHAPE, ROWS, HEADS)
+    second, normal_second = through_gain(second * scaling, 1, norm, table, *lines, SHAPE, ROWS, HEADS)
+    along = (tl.sum(first * normal_first, 1) + tl.sum(second * normal_second, 1))[:, None] / (2 * HALF)
+    to = at_dense_lines(made.grad_q, start, row, head, queries.n, channel, 2 * HALF)
+    stored = made.grad_q.dtype.element_ty
+    tl.store(to, ((first - normal_first * along) * norm[:, None]).to(stored), mask=inside)
+    tl.store(to + HALF, ((second - normal_second * along) * norm[:, None]).to(stored), mask=inside)
+
+
+@triton.jit
+def load_outputs(out, lse, grad_out, queries, places, made, start, row, head, SHAPE: tl.constexpr):
+    """Of every line: dO, delta, log-sum-exp and what normalises q; delta and the latter are stored too."""
+    channels, inside = tl.arange(0, 2 * SHAPE.half), row < places.rows
+    grad = tl.load(at_lines(grad_out, start, row, head, channels), mask=inside[:, None], other=0.0)
+    out_at = at_dense_lines(out, start, row, head, queries.n, channels, 2 * SHAPE.half)
+    product = grad.to(tl.float32) * tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
+    delta, norm = tl.sum(product, 1), query_norms(queries, start, row, head, inside, SHAPE)
+    tl.store(made.delta + head * places.rows + row, delta, mask=inside)
+    tl.store(made.norms + head * places.rows + row, norm, mask=inside)
+    return grad, delta, tl.load(lse + head * places.rows + row, mask=inside, other=0.0), norm
+
+
+@triton.jit
 def query_gradient_kernel(
-    q,
-    q_strides,
+    queries,
     keys,
-    values,
-    value_strides,
-    document_start,
-    frequency,
-    query_gain,
-    rho,
-    beta,
+    places,
     out,
     lse,
     grad_out,
-    grad_out_strides,
-    grad_q,  # [t, n, d]
-    delta,  # [n, t]
-    norms,  # [n, t], 1 / root mean square of the raw queries
-    offsets,  # [n, L, t], c_l - LSE in units of log 2
-    gain_parts,  # [tiles, n, d]
-    rho_parts,  # [tiles, L, n, d], before the gain
-    beta_parts,  # [tiles, L, n]
-    rows,
-    total,
-    n,
-    n_per_group,
-    RATIO: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    PASTS: tl.constexpr,
-    HALF: tl.constexpr,
-    EPSILON: tl.constexpr,
-    FAST: tl.constexpr,
-    UTILITIES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    made,
+    SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
-    SCALES: tl.constexpr = len(WINDOWS)
-    start, row, head, group = tile_rows(n_per_group, ROWS, HEADS)
-    channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
-    operand = keys.dtype.element_ty
-    key = tl.arange(0, KEYS)
-    key_offset = key[:, None] * (2 * HALF) + channels[None, :]
-    inside = row < rows
-    document = tl.load(document_start + tl.minimum(row, rows - 1)).to(tl.int32)
-    last_row = tl.minimum(start + ROWS, rows) - 1
-    first_document = tl.load(document_start + start).to(tl.int32)
-    last_document = tl.load(document_start + last_row).to(tl.int32)
-
-    raw_first, raw_second = load_queries(q, start, row, head, inside[:, None], q_strides, channel, HALF)
-    norm = inverse_norm(raw_first.to(tl.float32), raw_second.to(tl.float32), EPSILON, HALF)
+    HALF: tl.constexpr = SHAPE.half
+    SCALES: tl.constexpr = len(SHAPE.windows)
+    operand: tl.constexpr = keys.prepared.dtype.element_ty
+    start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
+    ends, inside = tile_ends(start, places, ROWS), row < places.rows
+    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
+    lines = (queries, places, made, start, row, head)
+    grad, delta, own_lse, norm = load_outputs(out, lse, grad_out, *lines, SHAPE)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
-    grad_at = at_lines(grad_out, start, row, head, grad_out_strides[0], grad_out_strides[1], channels)
-    grad = tl.load(grad_at, mask=inside[:, None], other=0.0)
-    out_at = at_lines(out, start, row, head, n * 2 * HALF, 2 * HALF, channels)
-    product = grad.to(tl.float32) * tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
-    own_delta = tl.sum(product, 1)
-    own_lse = tl.load(lse + head * rows + row, mask=inside, other=0.0)
-    tl.store(delta + head * rows + row, own_delta, mask=inside)
-    tl.store(norms + head * rows + row, norm, mask=inside)
-
-    columns = tl.arange(0, 8)
-    utility_table = tl.zeros([HEADS * ROWS, 8], tl.float32)  # gradient of every scale's utility, and its weight
-    weight_table = tl.zeros([HEADS * ROWS, 8], tl.float32)
+    table = tl.zeros([HEADS * ROWS, COLUMNS], tl.float32)  # gradient of every scale's utility, and its weight
+    weights = tl.zeros([HEADS * ROWS, COLUMNS], tl.float32)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
-
-    for scale in tl.range(0, SCALES, flatten=FLATTEN):
-        window = pick(WINDOWS, scale)
-        see_from, see_to = visible(row, document, window, RATIO, scale)
-        begin, _ = visible(start, first_document, window, RATIO, scale)
-        _, end = visible(last_row, last_document, window, RATIO, scale)
-
-        # read again, from a cache: they would not fit into the registers
-        there = inside[:, None] & (begin <= end)
-        raw_first, raw_second = load_queries(q, start, row, head, there, q_strides, channel, HALF)
-        first = raw_first.to(tl.float32) * of_heads(query_gain, head, channel, 2 * HALF, HEADS)
-        second = raw_second.to(tl.float32) * of_heads(query_gain, head, channel + HALF, 2 * HALF, HEADS)
+    for scale in tl.range(0, SCALES):
+        see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
+        begin, end = visible_to_tile(start, ends, scale, SHAPE)
+        first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
         offset = -own_lse
-        if UTILITIES:
-            offset += utility(first, second, norm, rho, beta, head, scale, n, channel, HALF, HEADS) * LOG2_E
-        tl.store(offsets + (head * SCALES + scale) * rows + row, offset, mask=inside)
-        turn = turns(row - document, frequency, scale, channel, HALF, FAST)
-        cosine, sine = cosine_sine(turn, FAST)
-        first, second = rotated(first, second, cosine, sine)
-        query = joined(first.to(operand), second.to(operand))
-        before = turns(tl.where(scale > 0, row - document, 0), frequency, tl.maximum(scale - 1, 0), channel, HALF, FAST)
-        cosine, sine = cosine_sine(turn - before, FAST)
-        first, second = halves(grad_query)
-        first, second = rotated(first, second, cosine, sine)
-        grad_query = joined(first, second)
-
-        past = pick(PASTS, scale)
-        key_base = keys + (group.to(tl.int64) * total + entries_before(scale, rows, RATIO, PASTS) + past) * 2 * HALF
-        value_stride = pick(value_strides[0], scale).to(tl.int64)
-        value_base = pick(values, scale) + group * pick(value_strides[1], scale) + past * value_stride
+        if SHAPE.utilities:
+            offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
+        tl.store(made.offsets + (head * SCALES + scale) * places.rows + row, offset, mask=inside)
+        query = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
+        key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
         value_offset = key[:, None] * value_stride + channels[None, :]
-        grad_utility = tl.zeros([HEADS * ROWS], tl.float32)
-        share = tl.zeros([HEADS * ROWS], tl.float32)
+        grad_utility, share = tl.zeros([HEADS * ROWS], tl.float32), tl.zeros([HEADS * ROWS], tl.float32)
         for at in tl.range(begin, end, KEYS):
             real = (key < end - at)[:, None]
-            key_tile = tl.load(key_base + at * (2 * HALF) + key_offset, mask=real, other=0.0)
+            key_at = key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :]
+            key_tile = tl.load(key_at, mask=real, other=0.0)
             value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
-            logits = tl.dot(query, key_tile.T, input_precision=PRECISION)
-            grad_weight = tl.dot(grad, value_tile.T, input_precision=PRECISION)
+            logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
+            grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
             seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
             weight = tl.exp2(tl.where(seen, logits * unit[:, None] + offset[:, None], float("-inf")))
-            grad_logits = weight * (grad_weight - own_delta[:, None])
-            if UTILITIES:
+            grad_logits = weight * (grad_weight - delta[:, None])
+            if SHAPE.utilities:
                 grad_utility += tl.sum(grad_logits, 1)
                 share += tl.sum(weight, 1)
-            grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=PRECISION)
-        if UTILITIES:
-            utility_table = tl.where((columns == scale)[None, :], grad_utility[:, None], utility_table)
-            weight_table = tl.where((columns == scale)[None, :], share[:, None], weight_table)
-
-    cosine, sine = cosine_sine(turns(row - document, frequency, SCALES - 1, channel, HALF, FAST), FAST)
-    grad_first, grad_second = halves(grad_query)
-    grad_first, grad_second = rotated(grad_first, grad_second, cosine, -sine)
-    grad_first *= (2 * HALF) ** -0.5
-    grad_second *= (2 * HALF) ** -0.5
-
-    if UTILITIES:
+            grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=SHAPE.precision)
+        if SHAPE.utilities:
+            table, weights = with_column(table, scale, grad_utility), with_column(weights, scale, share)
+    if SHAPE.utilities:
         # a change of all utilities alike changes nothing: take out what rounding left in that direction
-        utility_table -= weight_table * tl.sum(utility_table, 1)[:, None]
-        for scale in tl.range(0, SCALES):
-            line = (tl.program_id(0) * SCALES + scale) * n + tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-            beta_part = tl.sum(tl.reshape(column(utility_table, scale, 8), [HEADS, ROWS]), 1)
-            tl.store(beta_parts + line, beta_part)
-    # half by half, as the registers want it
-    for half in tl.static_range(2):
-        at = half * HALF + channel
-        raw = tl.load(
-            at_lines(q, start, row, head, q_strides[0], q_strides[1], at), mask=inside[:, None], other=0.0
-        ).to(tl.float32)
-        unit_half = raw * norm[:, None]
-        grad_half = grad_first if half == 0 else grad_second
-        if UTILITIES:
-            for scale in tl.range(0, SCALES):
-                grad_utility = column(utility_table, scale, 8)[:, None]
-                grad_half += grad_utility * of_heads(rho + scale * n * 2 * HALF, head, at, 2 * HALF, HEADS)
-                part = sum_lines(grad_utility * unit_half, ROWS, HEADS)
-                store_part(rho_parts, tl.program_id(0) * SCALES + scale, n, part, at, HALF, HEADS)
-        store_part(gain_parts, tl.program_id(0), n, sum_lines(grad_half * unit_half, ROWS, HEADS), at, HALF, HEADS)
-        grad_half *= of_heads(query_gain, head, at, 2 * HALF, HEADS)
-        if half == 0:
-            unit_first, grad_first = unit_half, grad_half
-        else:
-            unit_second, grad_second = unit_half, grad_half
-    along = (tl.sum(grad_first * unit_first, 1) + tl.sum(grad_second * unit_second, 1))[:, None] / (2 * HALF)
-    to = at_lines(grad_q, start, row, head, n * 2 * HALF, 2 * HALF, channel)
-    grad_first = (grad_first - unit_first * along) * norm[:, None]
-    grad_second = (grad_second - unit_second * along) * norm[:, None]
-    tl.store(to, grad_first.to(grad_q.dtype.element_ty), mask=inside[:, None])
-    tl.store(to + HALF, grad_second.to(grad_q.dtype.element_ty), mask=inside[:, None])
+        table -= weights * tl.sum(table, 1)[:, None]
+        store_utility_biases(table, made, queries.n, SCALES, ROWS, HEADS)
+    store_query_gradients(grad_query, norm, table, document, *lines, SHAPE, ROWS, HEADS)

@@ -1,4 +1,8 @@
-"""How large the tiles of each kernel are: one table, looked up by head width and dtype, never searched at run time."""
+"""How large the tiles of each kernel are: one table, looked up by card and dtype, never searched at run time.
+
+Its times are in tools/results/attention_kernels_log_2026-11-27.md. To tune a card: `attend(..., tuning=Tuning(...))` of
+triton.py takes other tiles.
+"""
 
 from dataclasses import dataclass
 
@@ -13,7 +17,6 @@ class Tiles:
         heads: query heads of one KV group that share a tile of rows; a power of 2 that divides n/g.
         warps, stages: as Triton's num_warps and num_stages.
         registers: the most that a thread may have; the compiler's own limit where None.
-        flatten: make one loop of the loop over scales and the one over their tiles.
     """
 
     rows: int = 64
@@ -22,7 +25,6 @@ class Tiles:
     warps: int = 4
     stages: int = 2
     registers: int | None = None
-    flatten: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,22 @@ class Tuning:
     key_gradient: Tiles = Tiles()
 
 
-def tuning_for(width: int, itemsize_bytes: int) -> Tuning:
-    """The tuning of heads of `width` channels in a dtype of that size; correct on every card from Ampere on."""
+_SMALL = Tiles(rows=32, keys=32, stages=1)
+_HOPPER = Tuning(
+    forward=Tiles(stages=3),
+    query_gradient=Tiles(keys=32, stages=3),
+    key_gradient=Tiles(rows=32, stages=3),
+)
+# within the 99 KB of shared memory that a program has on the smallest cards of that age
+_ANY = Tuning(
+    forward=Tiles(keys=32),
+    query_gradient=Tiles(keys=32),
+    key_gradient=Tiles(rows=32),
+)
+
+
+def tuning_for(itemsize_bytes: int, capability: tuple[int, int]) -> Tuning:
+    """The tuning of a dtype of that size on a card of that compute capability; right on every card from Ampere on."""
     if itemsize_bytes == 4:
-        small = Tiles(rows=32, keys=32, stages=1)
-        return Tuning(keys=Tiles(keys=32), forward=small, query_gradient=small, key_gradient=small)
-    wide = Tiles(rows=128, warps=8)
-    return Tuning(forward=wide, query_gradient=wide, key_gradient=Tiles(rows=32, keys=128, warps=8))
+        return Tuning(keys=Tiles(keys=32), forward=_SMALL, query_gradient=_SMALL, key_gradient=_SMALL)
+    return _HOPPER if capability == (9, 0) else _ANY

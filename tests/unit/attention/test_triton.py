@@ -4,17 +4,24 @@ Learned parameters are random, gains included. Tiles are small, so that short se
 """
 
 import functools
+import logging
 
 import pytest
 import torch
 
-import tests.support.interpreter  # noqa: F401
+from tests.support.interpreter import DEVICE  # isort: split
+
+from maha_megatron.attention.api import maha_attention
 from maha_megatron.attention.pyramid import eager as pyramid
-from maha_megatron.attention.scale_attention import naive
+from maha_megatron.attention.scale_attention import naive, triton
 from maha_megatron.attention.scale_attention.triton import attend
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
-from tests.support.attention import PACKED, Case, documents_of, leaves, parameter_specs
+from maha_megatron.attention.state import MahaState, piece_document_start
+from tests.support.attention import PACKED, Case, documents_of, leaves, parameter_specs, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+SHORT = (13, 1, 7, 30, 3, 9)
 
 
 def spec(ratio=4, windows=(24, 9, 6), **options) -> MahaSpec:
@@ -27,53 +34,47 @@ def tuning(heads: int) -> Tuning:
     return Tuning(keys=Tiles(keys=32), forward=rows, query_gradient=rows, key_gradient=Tiles(rows=32, keys=16))
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """New memory holds NaN: what a kernel reads and nothing wrote shows."""
-
-    def poisoned(make):
-        def filled(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        return filled
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+def kernels(heads: int):
+    return functools.partial(attend, tuning=tuning(heads))
 
 
+full = pytest.mark.full
+PACKED_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec())
 CASES = [
-    (Case(lengths=(1,), n=1, g=1, d=32, spec=spec()), 1),
-    (Case(lengths=(67,), n=2, g=2, d=32, spec=spec()), 1),
-    (Case(lengths=PACKED, n=4, g=2, d=32, spec=spec()), 2),
-    (Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(ratio=3, windows=(20, 8, 5, 3, 2))), 1),
-    (Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(ratio=2, windows=(5, 4, 3, 3, 4, 2, 1, 1))), 1),
-    (Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2),
+    pytest.param(Case(lengths=(1,), n=1, g=1, d=32, spec=spec()), 1, id="one row"),
+    pytest.param(Case(lengths=(67,), n=2, g=2, d=32, spec=spec()), 1, id="one document"),
+    pytest.param(PACKED_CASE, 2, id="packed, two heads a tile"),
+    pytest.param(PACKED_CASE, 1, marks=full, id="packed, one head a tile"),
+    pytest.param(Case(lengths=PACKED, n=4, g=2, d=32, spec=spec()), 2, marks=full, id="many tiles"),
+    pytest.param(Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2))), 1, id="ratio 3"),
+    pytest.param(
+        Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
+    ),
+    pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
 ]
 
 
 def run(case: Case, values: dict[str, torch.Tensor], attention) -> dict[str, torch.Tensor]:
     """Output, weights and every gradient by name, of `attention` on a pyramid in plain torch."""
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
-    start_t = documents_of(case, "cpu").start_t
+    start_t = documents_of(case, values["q"].device).start_t
     levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
     attended = attention(values["q"], levels, start_t, parameters, case.spec)
-    out = attended.out_tnd
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return with_gradients(attended.out_tnd, attended.weights_tnl, values)
+
+
+def with_gradients(out, weights, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     grads = torch.autograd.grad(out, list(values.values()), direction, materialize_grads=True)
-    found = {"out": out.detach(), "weights": attended.weights_tnl.detach()}
-    return found | {f"grad of {name}": grad for name, grad in zip(values, grads, strict=True)}
-
-
-def rounded(case: Case, dtype: torch.dtype, through: torch.dtype) -> dict[str, torch.Tensor]:
-    """Leaves in `dtype`, of values that `through` holds exactly."""
-    values = leaves(case, torch.float32)
-    return {name: value.detach().to(through).to(dtype).requires_grad_() for name, value in values.items()}
+    found = {"out": out, "weights": weights} | {f"grad of {name}": x for name, x in zip(values, grads, strict=True)}
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
 @functools.cache
-def exact(case: Case, through: torch.dtype) -> dict[str, torch.Tensor]:
-    return run(case, rounded(case, torch.float64, through), naive.attend)
+def exact(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """By the naive backend in fp64, of leaves that `dtype` holds."""
+    values = {name: value.detach().double() for name, value in leaves(case, dtype).items()}
+    return run(case, {name: value.requires_grad_() for name, value in values.items()}, naive.attend)
 
 
 def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -85,21 +86,76 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     }
 
 
-@pytest.mark.parametrize(("case", "heads"), CASES, ids=str)
+def wrong(found, expected, tolerance: float) -> dict[str, float]:
+    return {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+
+
+@pytest.mark.parametrize(("case", "heads"), CASES)
 def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
-    kernel = functools.partial(attend, tuning=tuning(heads))
-    found = errors(run(case, rounded(case, torch.float32, torch.float32), kernel), exact(case, torch.float32))
-    assert {name: error for name, error in found.items() if not error <= 3e-6} == {}
+    found = run(case, leaves(case, torch.float32, DEVICE), kernels(heads))
+    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
 def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(dtype):
     """Plain torch in bf16, its errors scaled by the dtypes' resolutions: on a CPU it is not to be trusted in fp16."""
-    case, heads = CASES[2]
-    bf16 = torch.bfloat16
-    plain = errors(run(case, rounded(case, bf16, bf16), naive.attend), exact(case, bf16))
-    found = errors(
-        run(case, rounded(case, dtype, dtype), functools.partial(attend, tuning=tuning(heads))), exact(case, dtype)
+    plain = errors(
+        run(PACKED_CASE, leaves(PACKED_CASE, torch.bfloat16), naive.attend), exact(PACKED_CASE, torch.bfloat16)
     )
-    finer = torch.finfo(dtype).eps / torch.finfo(bf16).eps
+    found = errors(run(PACKED_CASE, leaves(PACKED_CASE, dtype, DEVICE), kernels(2)), exact(PACKED_CASE, dtype))
+    finer = torch.finfo(dtype).eps / torch.finfo(torch.bfloat16).eps
     assert {name: error for name, error in found.items() if not error <= 2 * finer * plain[name]} == {}, plain
+
+
+def test_two_runs_are_bitwise_equal():
+    case = Case(lengths=(5, 32), n=2, g=1, d=32, spec=spec(windows=(20, 7)))
+    first, second = (run(case, leaves(case, torch.float32, DEVICE), kernels(2)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weights_are_written_when_asked_for_only():
+    case = Case(lengths=(9,), n=1, g=1, d=32, spec=spec(windows=(5, 2)))
+    values = leaves(case, torch.float32, DEVICE)
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    start_t = documents_of(case, DEVICE).start_t
+    inputs = (*(values[name] for name in "qkv"), start_t, parameters, case.spec)
+    without, given = (maha_attention(*inputs, backend="triton", with_weights=asked) for asked in (False, True))
+    assert without.scale_weights_tnl is None
+    assert torch.equal(without.out_tnd, given.out_tnd)
+    torch.testing.assert_close(given.scale_weights_tnl.sum(-1), torch.ones(9, 1, device=DEVICE))
+
+
+def test_pieces_equal_one_pass_and_gradients_cross_their_borders():
+    case = Case(lengths=(23, 4, 16), n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=(7, 4, 3)))
+    values = leaves(case, torch.float32, DEVICE)
+    sizes = {"streams": 1, "n": 2, "g": 1, "d": 32, "dtype": torch.float32, "device": DEVICE}
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    state, starts, pieces = MahaState.initial(case.spec, **sizes), documents_of(case, DEVICE).start_t, []
+    for first, stop in ((0, 10), (10, 11), (11, 43)):
+        rows = [values[name][first:stop] for name in "qkv"]
+        piece_starts = piece_document_start(starts, first, stop)
+        options = {"backend": "triton", "with_weights": True, "state": state}
+        pieces.append(maha_attention(*rows, piece_starts, parameters, case.spec, **options))
+        state = pieces[-1].state
+    out, weights = (torch.cat([getattr(x, name) for x in pieces]) for name in ("out_tnd", "scale_weights_tnl"))
+    assert wrong(with_gradients(out, weights, values), reference(case), 3e-6) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "dtype", "missing"),
+    [
+        ({}, 16, torch.float32, "heads of 16 channels"),
+        ({}, 32, torch.float64, "torch.float64"),
+        ({"coupling": "gram"}, 32, torch.float32, "the aggregation (full, convex, entropy, gram, LSE)"),
+        ({"lse_utility": False}, 32, torch.float32, "the aggregation (full, convex, entropy, none, no LSE)"),
+    ],
+    ids=["width", "fp64", "gram", "no LSE"],
+)
+def test_what_no_kernel_serves_is_said_once_and_eager_does_it(caplog, options, width, dtype, missing):
+    triton._say_once.cache_clear()
+    caplog.set_level(logging.INFO, logger=triton.__name__)
+    case = Case(lengths=(19,), n=1, g=1, d=width, spec=spec(windows=(9, 4), **options))
+    found, _ = (run(case, leaves(case, dtype, DEVICE), attend) for _ in range(2))
+    assert wrong(found, exact(case, dtype), 3e-6) == {}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"scale attention: no kernel serves {missing}; eager does"]
