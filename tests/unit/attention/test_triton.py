@@ -35,7 +35,8 @@ def tuning(heads: int) -> Tuning:
 
 
 def kernels(heads: int):
-    return functools.partial(attend, tuning=tuning(heads))
+    """With tiles of the tests' own; with the table's for 0 heads."""
+    return functools.partial(attend, tuning=tuning(heads) if heads else None)
 
 
 full = pytest.mark.full
@@ -96,8 +97,14 @@ def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
     assert wrong(found, exact(case, torch.float32), 3e-6) == {}
 
 
+WIDE_CASE = Case(lengths=(700, 301), n=4, g=1, d=128, spec=spec(windows=(128, 112, 124, 64)))
+
+
+@pytest.mark.parametrize(
+    ("case", "heads"), [(PACKED_CASE, 2), pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu)], ids=["packed", "wide"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
-def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(dtype):
+def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, dtype):
     """Plain torch in bf16, its errors scaled by the dtypes' resolutions: on a CPU it is not to be trusted in fp16."""
     plain = errors(
         run(PACKED_CASE, leaves(PACKED_CASE, torch.bfloat16), naive.attend), exact(PACKED_CASE, torch.bfloat16)
@@ -118,11 +125,12 @@ def test_weights_are_written_when_asked_for_only():
     values = leaves(case, torch.float32, DEVICE)
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     start_t = documents_of(case, DEVICE).start_t
-    inputs = (*(values[name] for name in "qkv"), start_t, parameters, case.spec)
-    without, given = (maha_attention(*inputs, backend="triton", with_weights=asked) for asked in (False, True))
-    assert without.scale_weights_tnl is None
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
+    inputs = (values["q"], levels, start_t, parameters, case.spec)
+    without, given = (attend(*inputs, with_weights=asked) for asked in (False, True))
+    assert without.weights_tnl is None
     assert torch.equal(without.out_tnd, given.out_tnd)
-    torch.testing.assert_close(given.scale_weights_tnl.sum(-1), torch.ones(9, 1, device=DEVICE))
+    torch.testing.assert_close(given.weights_tnl.sum(-1), torch.ones(9, 1, device=DEVICE))
 
 
 def test_pieces_equal_one_pass_and_gradients_cross_their_borders():
