@@ -1,20 +1,16 @@
 """Triton's interpreter: kernels run on the CPU, step by step; on a CUDA device where there is one, compiled.
 
-Import this before anything that imports kernels.
+Import this before anything that imports kernels; tests/conftest.py tells Triton which of the two.
 
 Triton 3.6's own has three faults that these tests would meet, and that are mended here: numpy 2.4 no longer takes an
 array of one element for a loop bound; bf16 is held as the bits of integers, which products multiply; and rounding to
 bf16 cuts off.
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 import triton.language as tl

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maha_megatron.attention.pyramid import triton as pyramid
+from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention import triton_joint
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
@@ -71,10 +71,10 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
     keys, lse, made = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
     gates = (empty(3, 2, g, width), empty(3, 2, g, 4))
-    call_of_pyramid = pyramid.Call(spec, start, gates, levels[0][0], (0,) * len(windows))
+    pyramid = triton_levels.Call("gated", 4, start, gates, levels[0][0], (0,) * len(windows))
     return {
-        "pooling": call_of_pyramid.pooling(1, levels[0], levels[1]),
-        "pooling gradients": call_of_pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0],
+        "pooling": pyramid.pooling(1, levels[0], levels[1]),
+        "pooling gradients": pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0],
         "preparation": call.preparation(keys),
         "attention": call.attention(keys, q, lse, None),
         "query gradients": call.query_gradients(keys, q, lse, q, made),

@@ -12,7 +12,7 @@ import torch
 
 import maha_megatron.attention.scale_attention.eager as eager
 from maha_megatron.attention.scale_attention.attended import Attended
-from maha_megatron.attention.scale_attention.triton_joint import attend_jointly
+from maha_megatron.attention.scale_attention.triton_ops import attend_jointly
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 

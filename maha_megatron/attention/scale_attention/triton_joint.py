@@ -1,4 +1,4 @@
-"""Joint attention by kernels: which buffers they read and write, and the autograd function around them.
+"""Joint attention by kernels: which buffers they read and write, and in which order (triton_ops.py calls them).
 
     forward    prepare_keys -> attend_kernel
     backward   prepare_keys -> query_gradient_kernel -> key_gradient_kernel
@@ -26,64 +26,9 @@ from maha_megatron.attention.scale_attention.triton_geometry import frequency_ta
 from maha_megatron.attention.scale_attention.triton_key_gradient import key_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
-from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, tuning_for
-from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.scale_attention.triton_tuning import Tiles
 from maha_megatron.attention.triton_launch import Launch
 from maha_megatron.scales import slot_count, stride
-
-
-def attend_jointly(
-    q_tnd: torch.Tensor,
-    levels: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    document_start_t: torch.Tensor,
-    parameters: AttentionParameters,
-    spec: MahaSpec,
-    past_slots: tuple[int, ...],
-    with_weights: bool,
-    tuning: Tuning | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output [t, n, d] in q's dtype and, where asked for, scale weights [t, n, L] in fp32, detached.
-
-    As `attend_jointly` of eager_joint.py, for one softmax over all scales.
-    """
-    out, weights = _JointAttention.apply(
-        q_tnd,
-        parameters.query_gain,
-        parameters.key_gain,
-        parameters.utility_query,
-        parameters.utility_bias,
-        document_start_t,
-        spec,
-        past_slots,
-        with_weights,
-        tuning or tuning_for(q_tnd.dtype.itemsize, _capability(q_tnd.device)),
-        *(keys for keys, _ in levels),
-        *(values for _, values in levels),
-    )
-    return out, weights
-
-
-class _JointAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, with_weights, tuning, *levels
-    ):
-        call = Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, _pairs(levels))
-        out, lse, scale_lse = call.forward(with_weights)
-        ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start, out, lse, *levels)
-        ctx.numbers = spec, past_slots, tuning
-        weights = None if scale_lse is None else torch.exp2(scale_lse - lse.T[..., None])
-        if weights is not None:
-            ctx.mark_non_differentiable(weights)
-        return out, weights
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, _):
-        q, query_gain, key_gain, rho, beta, document_start, out, lse, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, rho, beta, document_start, *ctx.numbers, _pairs(levels))
-        grad_q, learned, grad_keys, grad_values = call.backward(grad_out, out, lse)
-        return grad_q, *learned, None, None, None, None, None, *grad_keys, *grad_values
 
 
 class Call:
@@ -211,12 +156,6 @@ class Call:
         return made.grad_q, tuple(learned), grad_keys, grad_values
 
 
-def _pairs(levels: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of every scale, from the keys of all and then the values of all."""
-    half = len(levels) // 2
-    return list(zip(levels[:half], levels[half:], strict=True))
-
-
 def _lined_up(x: torch.Tensor) -> torch.Tensor:
     """x itself where channels are next to each other, else a copy in which they are."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -228,11 +167,6 @@ def _rows(x: torch.Tensor) -> Rows:
 
 def _scales(tensors: Sequence[torch.Tensor]) -> Scales:
     return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the card; of an Ampere where there is none."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def _compiled() -> bool:

@@ -4,6 +4,7 @@ Its times are in tools/results/attention_kernels_log_2026-11-27.md. To tune a ca
 triton.py takes other tiles.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -35,6 +36,25 @@ class Tuning:
     forward: Tiles = Tiles()
     query_gradient: Tiles = Tiles()
     key_gradient: Tiles = Tiles()
+
+
+def numbers_of(tuning: Tuning) -> list[int]:
+    """The tuning as one list of whole numbers; `tuning_of` is the inverse."""
+    numbers = []
+    for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
+        numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
+    return numbers
+
+
+def tuning_of(numbers: Sequence[int]) -> Tuning:
+    kernels = []
+    for at in range(0, len(numbers), 6):
+        rows, keys, heads, warps, stages, registers = numbers[at : at + 6]
+        kernels.append(
+            Tiles(rows=rows, keys=keys, heads=heads, warps=warps, stages=stages, registers=registers or None)
+        )
+    of_keys, forward, query_gradient, key_gradient = kernels
+    return Tuning(keys=of_keys, forward=forward, query_gradient=query_gradient, key_gradient=key_gradient)
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)

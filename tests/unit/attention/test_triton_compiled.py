@@ -1,6 +1,5 @@
 """Kernels compiled ahead, with no card: what the tuned table asks of one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("triton") is None:  # not imported here: it would no longer interpret kernels
-    pytest.skip("needs triton", allow_module_level=True)
+pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 # of one program: Ampere and Ada at their least, and Hopper
 SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
