@@ -35,7 +35,13 @@ setup(
         "psutil>=6,<8",
     ],
     extras_require={
-        "dev": ["entmax>=1.3,<2", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.14,<0.18"],
+        "dev": [
+            "entmax>=1.3,<2",
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.14,<0.18",
+            "triton>=3.6,<3.8",  # runs kernels on a CPU too, step by step
+        ],
         "hf": ["transformers>=5.0,<6"],
         "gpu": ["triton>=3.6,<3.8"],
     },

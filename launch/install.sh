@@ -73,6 +73,9 @@ maha_install() {
     echo "installing torch $TORCH_PIN (first and alone)"
     "${pip[@]}" "torch==$TORCH_PIN" || return 2
   fi
+  if "$VENV_PYTHON" -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null; then
+    sed -i.pinned '/^triton==/d' "$constraints"  # a CUDA build of torch brings the triton that it needs
+  fi
   echo "installing maha-megatron$extras and its pinned packages"
   "${pip[@]}" --constraint "$constraints" setuptools wheel || return 2
   "${pip[@]}" --constraint "$constraints" --no-build-isolation --editable "${ROOT}${extras}" || return 2
@@ -94,8 +97,12 @@ maha_make_wheelhouse() {
   wheelhouse=$(cd "$wheelhouse" && pwd)
   "$python" -m venv "$wheelhouse/.venv"
   pip_wheel=("$wheelhouse/.venv/bin/python" -m pip wheel --disable-pip-version-check --wheel-dir "$wheelhouse"
-    --find-links "$wheelhouse" --constraint "$ROOT/launch/constraints.txt")
+    --find-links "$wheelhouse" --constraint "$wheelhouse/.venv/constraints.txt")
+  cp "$ROOT/launch/constraints.txt" "$wheelhouse/.venv/constraints.txt"
   "${pip_wheel[@]}" "torch==$TORCH_PIN"
+  if ls "$wheelhouse"/triton-*.whl >/dev/null 2>&1; then  # torch's own, as in maha_install
+    sed -i.pinned '/^triton==/d' "$wheelhouse/.venv/constraints.txt"
+  fi
   "${pip_wheel[@]}" setuptools wheel "${ROOT}[dev,hf]"
   rm -rf "$wheelhouse/.venv" "$wheelhouse"/maha_megatron-*.whl
   echo "wheelhouse ready: bash launch/quickstart.sh --offline $1"

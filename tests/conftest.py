@@ -1,10 +1,17 @@
-"""For all tests: those marked `gpu` are skipped without a CUDA device."""
+"""For all tests: those marked `gpu` are skipped without a CUDA device, and Triton then interprets kernels."""
 
 import os
 
 import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of a GPU; determinism needs it
+
+
+def pytest_configure() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and other packages import it too
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

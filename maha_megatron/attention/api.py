@@ -85,7 +85,7 @@ def maha_attention(
     operators = backend_named(backend)
     if state is None:
         check_document_start(document_start_t)
-        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec)
+        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights)
         return _output([attended], with_weights, None)
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
@@ -94,7 +94,7 @@ def maha_attention(
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
         try:
-            attended, levels = _attend(operators, *piece, parameters, spec, state.past(stream))
+            attended, levels = _attend(operators, *piece, parameters, spec, with_weights, state.past(stream))
         except UnsolvedProgram as error:
             row = stream * len(piece[0]) + error.row
             raise UnsolvedProgram(error.reason, row=row, head=error.head) from error
@@ -103,7 +103,7 @@ def maha_attention(
     return _output(streams, with_weights, MahaState.stack(states))
 
 
-def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, past: Past | None = None):
+def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights, past: Past | None = None):
     """Attended of one sequence, or of its next piece, and the packed keys and values of every scale."""
     entries = past_slots = None
     if past is not None:
@@ -113,7 +113,7 @@ def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, 
         mixed = operators.convolve(*rows) if past is None else convolve_after(operators.convolve, past.rows, *rows)
         q_tnd, k_tgd, v_tgd = mixed
     levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec, entries)
-    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots), levels
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights), levels
 
 
 def _output(streams: Sequence[Attended], with_weights: bool, state: MahaState | None) -> MahaOutput:

@@ -1,9 +1,13 @@
 """Backends by name: each offers the same four operators, so that one can be swapped for another and compared."""
 
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 import maha_megatron.attention.convolution.eager as convolution_eager
 import maha_megatron.attention.convolution.naive as convolution_naive
@@ -42,7 +46,7 @@ _BACKENDS = {
         attend_dense=dense_eager.attend_dense,
     ),
 }
-BACKEND_NAMES = tuple(_BACKENDS)
+BACKEND_NAMES = (*_BACKENDS, "triton")
 
 
 @functools.cache
@@ -50,9 +54,33 @@ def backend(name: str) -> Backend:
     """The backend called `name`; its choice is logged the first time.
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: there is no such backend, or nothing here runs its kernels.
     """
-    if name not in _BACKENDS:
-        raise ConfigError(f"unknown attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
+    if name not in BACKEND_NAMES:
+        raise ConfigError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKEND_NAMES)}")
+    chosen = _kernels() if name == "triton" else _BACKENDS[name]
     _log.info("attention backend: %s", name)
-    return _BACKENDS[name]
+    return chosen
+
+
+def _kernels() -> Backend:
+    """Triton's kernels, and eager where there are none; triton is imported here only: a CPU needs no such package."""
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "the attention backend is triton, and the package is not installed: run pip install 'triton>=3.6,<3.8' "
+            "(on a GPU it comes with torch), or set attention.backend to eager"
+        )
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "the attention backend is triton, and torch finds no CUDA device: set attention.backend to eager "
+            "(or TRITON_INTERPRET=1 in the environment, to run kernels step by step on the CPU: a test's way)"
+        )
+    import maha_megatron.attention.pyramid.triton as pyramid_triton
+    import maha_megatron.attention.scale_attention.triton as scale_attention_triton
+
+    return Backend(
+        convolve=convolution_eager.convolve,
+        build_pyramid=pyramid_triton.build_pyramid,
+        attend=scale_attention_triton.attend,
+        attend_dense=dense_eager.attend_dense,
+    )

@@ -135,8 +135,9 @@ class Maha:
     backend: str = leaf(
         "eager",
         owner="attention",
-        choices=("naive", "eager"),
-        help="Implementation: naive is the readable reference, eager the fast plain torch form.",
+        choices=("naive", "eager", "triton"),
+        help="Implementation: naive is the readable reference, eager the fast plain torch form, triton the kernels for "
+        "GPUs, with eager for what none serves.",
     )
 
 

@@ -19,7 +19,9 @@ from maha_megatron.attention.spec import (
     maha_parameter_specs,
 )
 
-FAST_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "naive")
+# kernels have widths and dtypes of their own, and tests of their own (test_triton*.py, test_gpu_attention.py)
+PLAIN_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "triton")
+FAST_BACKENDS = tuple(name for name in PLAIN_BACKENDS if name != "naive")
 PACKED = (30, 1, 7, 60, 3, 16)
 
 

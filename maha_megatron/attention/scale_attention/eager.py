@@ -27,10 +27,12 @@ def attend(
     parameters: AttentionParameters,
     spec: MahaSpec,
     past_slots: Sequence[int] | None = None,
+    with_weights: bool = True,
 ) -> Attended:
     """Output, scale weights and what solving them left; `levels` are the packed keys and values of every scale.
 
     `past_slots`: how many slots of each level lie in front of slot 0, at most its window; none where it is not given.
+    The weights are returned whether asked for or not: the output needs them.
 
     Raises:
         UnsolvedProgram: the stated program has no solution for a row and head.

@@ -18,10 +18,12 @@ def attend(
     parameters: AttentionParameters,
     spec: MahaSpec,
     past_slots: Sequence[int] | None = None,
+    with_weights: bool = True,
 ) -> Attended:
     """Output, scale weights and the solver's report; `levels` are the packed keys and values of every scale.
 
-    `past_slots`: how many slots of each level lie in front of slot 0; none where it is not given.
+    `past_slots`: how many slots of each level lie in front of slot 0; none where it is not given. The weights are
+    returned whether asked for or not: the output needs them.
     """
     past_slots = past_slots or (0,) * spec.scales
     keys = [normalise(keys, parameters.key_gain, spec.norm_epsilon) for keys, _ in levels]

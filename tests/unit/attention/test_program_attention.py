@@ -8,10 +8,9 @@ import torch
 from maha_megatron.attention.aggregation import eager as aggregation_eager
 from maha_megatron.attention.aggregation.stated_program import StatedProgram, UnsolvedProgram
 from maha_megatron.attention.api import maha_attention
-from maha_megatron.attention.dispatch import BACKEND_NAMES
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
-from tests.support.attention import Case, attend, leaves, parameter_specs, start_rows
+from tests.support.attention import PLAIN_BACKENDS, Case, attend, leaves, parameter_specs, start_rows
 from tests.support.stated_programs import bounded_above, stated
 from tests.unit.attention.test_aggregation_causality import check_poisoned, huge_values
 from tests.unit.attention.test_causality import check_jacobian
@@ -45,7 +44,7 @@ def results(case: Case, backend: str, device: str = "cpu") -> dict[str, torch.Te
     return {name: value.cpu() for name, value in named.items()}
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 @pytest.mark.parametrize("coupling", ["none", "gram"])
 @pytest.mark.parametrize("regularizer", ["entropy", "quadratic"])
 def test_a_program_equals_the_exact_solver_at_64_tokens(regularizer, coupling, backend):
@@ -71,7 +70,7 @@ def test_on_a_gpu_a_program_gives_what_it_gives_on_the_cpu(regularizer, coupling
         assert (on_gpu[name] - value).abs().max() <= tolerance * value.abs().max().clamp_min(0.1), name
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 @pytest.mark.parametrize("coupling", ["none", "gram"])
 def test_no_row_reads_a_later_row_or_another_document(coupling, backend):
     """Jacobian, and huge values in the future: not numbers have no solution, which is said of their own row."""
@@ -95,7 +94,7 @@ def test_utilities_shared_over_rows_are_caught(monkeypatch):
         check_poisoned(short, "eager", huge_values(), cuts=(2, 10))
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 def test_the_report_counts_every_row_and_head(backend, monkeypatch):
     stated_case = with_program("entropy", "none")
     values = leaves(stated_case, torch.float64)
@@ -127,7 +126,7 @@ def make_unsolvable(values: dict[str, torch.Tensor], row: int, head: int) -> Non
     values["utility_query"][0, head] = 1.0
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 @pytest.mark.parametrize(("row", "head"), [(0, 3), (37, 2)])
 def test_a_row_and_head_without_a_solution_are_named(backend, row, head):
     bounded, values = bounded_case()

@@ -1,0 +1,69 @@
+"""Attention per scale and aggregation by kernels, where there are some; everything else by eager.py.
+
+Kernels serve the one softmax over all scales: entropy and LSE utilities without coupling, and a single scale; in bf16,
+fp16 and fp32, with heads of 32, 64 or 128 channels.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+
+import maha_megatron.attention.scale_attention.eager as eager
+from maha_megatron.attention.scale_attention.attended import Attended
+from maha_megatron.attention.scale_attention.triton_ops import attend_jointly
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+
+_log = logging.getLogger(__name__)
+_WIDTHS = (32, 64, 128)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def attend(
+    q_tnd: torch.Tensor,
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    past_slots: Sequence[int] | None = None,
+    with_weights: bool = True,
+    tuning: Tuning | None = None,
+) -> Attended:
+    """As `attend` of eager.py; without `with_weights`, weights_tnl is None where a kernel would have to write them.
+
+    `tuning`: other tiles than the table's.
+    """
+    missing = what_no_kernel_serves(q_tnd.shape[-1], q_tnd.dtype, spec)
+    if missing:
+        _say_once(missing)
+        return eager.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
+    past_slots = tuple(past_slots or (0,) * spec.scales)
+    out_tnd, weights_tnl = attend_jointly(
+        q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights, tuning
+    )
+    return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
+
+
+def what_no_kernel_serves(width: int, dtype: torch.dtype, spec: MahaSpec) -> str | None:
+    """What of a call keeps the kernels from serving it, in words; None where they do."""
+    if dtype not in _DTYPES:
+        return f"{dtype}"
+    if width not in _WIDTHS:
+        return f"heads of {width} channels"
+    if spec.scales > 1 and (spec.queries != "full" or not spec.joint_softmax or not spec.lse_utility):
+        parts = (
+            spec.queries,
+            spec.aggregation,
+            spec.regularizer,
+            spec.coupling,
+            "LSE" if spec.lse_utility else "no LSE",
+        )
+        return f"the aggregation ({', '.join(parts)})"
+    return None
+
+
+@functools.cache
+def _say_once(missing: str) -> None:
+    _log.info("scale attention: no kernel serves %s; eager does", missing)

@@ -1,0 +1,88 @@
+"""What the kernels of joint attention are given, grouped: tensors with their strides, and what is compiled in."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Places(NamedTuple):
+    """document_start [rows], and F of every scale and channel pair (triton_geometry.py)."""
+
+    document_start: torch.Tensor
+    frequency: torch.Tensor
+    rows: int
+
+
+class Rows(NamedTuple):
+    """A tensor [rows, n, d]."""
+
+    tensor: torch.Tensor
+    row_stride: int
+    head_stride: int
+
+
+class Queries(NamedTuple):
+    """Raw queries, their gain [n, d], and rho [L, n, d] and beta [L, n] where the spec has them."""
+
+    raw: Rows
+    gain: torch.Tensor
+    rho: torch.Tensor | None
+    beta: torch.Tensor | None
+    n: int
+    n_per_group: int
+
+
+class Scales(NamedTuple):
+    """A tensor [entries, g, d] of every scale."""
+
+    tensors: tuple[torch.Tensor, ...]
+    entry_strides: tuple[int, ...]
+    group_strides: tuple[int, ...]
+
+
+class Keys(NamedTuple):
+    """Prepared keys [g, entries of all scales, d], and values."""
+
+    prepared: torch.Tensor
+    total: int
+    raw_values: Scales
+
+
+class QueryGradients(NamedTuple):
+    """What the first kernel of backward writes: sums over rows in parts, one for each tile of rows.
+
+    grad_q [t, n, d]; delta and norms (1 / root mean square of the raw queries) [n, t]; offsets [n, L, t], c_l - LSE in
+    units of log 2; gain_parts [tiles, n, d]; rho_parts [tiles, L, n, d], before the gain; beta_parts [tiles, L, n].
+    """
+
+    grad_q: torch.Tensor
+    delta: torch.Tensor
+    norms: torch.Tensor
+    offsets: torch.Tensor
+    gain_parts: torch.Tensor
+    rho_parts: torch.Tensor
+    beta_parts: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Numbers that kernels are compiled for.
+
+    Args:
+        ratio, windows, epsilon: as in the spec.
+        past_slots: of every scale, entries in front of slot 0.
+        half: half the channels of a head.
+        fast: angles with 32 bits, and sine and cosine by the device's own functions.
+        utilities: whether there are rho and beta.
+        precision: of products of fp32, as Triton's input_precision.
+    """
+
+    ratio: int
+    windows: tuple[int, ...]
+    past_slots: tuple[int, ...]
+    half: int
+    epsilon: float
+    fast: bool
+    utilities: bool
+    precision: str

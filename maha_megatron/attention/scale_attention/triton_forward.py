@@ -1,0 +1,196 @@
+"""The forward kernel: one softmax over the visible keys of all scales, scale l's logits raised by its utility c_l.
+
+One program per tile of rows and query head (or per tile of rows and several heads of one KV group, which then read a
+tile of keys and values once). It goes over the scales and, in each, over the tiles of keys that its rows can see:
+
+    scale 0    [k k k]         queries rotated for scale 0, logits + c_0
+    scale 1    [k k]           queries rotated for scale 1, logits + c_1       one running maximum, one sum,
+    scale 2    [k k]           ...                                             one accumulator [rows, d]
+    scale 3    [k]
+
+Logits and maxima are in units of log 2. Channels are read in halves, (i) and (i + d/2), so that pairs stay in place:
+logits are the sum of two products.
+"""
+
+import triton
+import triton.language as tl
+
+from maha_megatron.attention.scale_attention.triton_geometry import (
+    cosine_sine,
+    inverse_norm,
+    joined,
+    of_heads,
+    rotated,
+    turns,
+)
+from maha_megatron.attention.triton_slots import entries_before, past_of, pick, visible, window_of, within
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+FARTHEST = tl.constexpr(-1e30)  # below every logit, and finite: a row that has seen nothing yet has no NaN
+
+
+@triton.jit
+def tile_rows(queries, places, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Of a program (tile, heads): first row; row, its document and head of its lines; and its KV group.
+
+    HEADS * ROWS lines, head after head; with one head, `head` is a number.
+    """
+    start = tl.program_id(0) * ROWS
+    line = tl.arange(0, HEADS * ROWS)
+    head = tl.program_id(1) * HEADS
+    group = head // queries.n_per_group
+    if HEADS > 1:
+        head = head + line // ROWS
+    row = start + line % ROWS
+    document = tl.load(places.document_start + tl.minimum(row, places.rows - 1)).to(tl.int32)
+    return start, row, document, head, group
+
+
+@triton.jit
+def tile_ends(start, places, ROWS: tl.constexpr):
+    """Of a tile of rows: the last, and the documents of the first and the last."""
+    last = tl.minimum(start + ROWS, places.rows) - 1
+    first_document = tl.load(places.document_start + start).to(tl.int32)
+    return last, first_document, tl.load(places.document_start + last).to(tl.int32)
+
+
+@triton.jit
+def visible_to_tile(start, ends, scale, SHAPE: tl.constexpr):
+    """The slots [first, end) of which every row of a tile sees some: from the first row's first to the last's last."""
+    window = window_of(scale, SHAPE)
+    begin, _ = visible(start, ends[1], window, SHAPE.ratio, scale)
+    _, end = visible(ends[0], ends[2], window, SHAPE.ratio, scale)
+    return begin, end
+
+
+@triton.jit
+def at_lines(rows, start, row, head, channel):
+    """Pointers [lines, channels] into [t, heads, channels]."""
+    line = (row - start) * rows.row_stride + head * rows.head_stride
+    return rows.tensor + start.to(tl.int64) * rows.row_stride + line[:, None] + channel[None, :]
+
+
+@triton.jit
+def at_dense_lines(tensor, start, row, head, n, channel, WIDTH: tl.constexpr):
+    """The same for a contiguous tensor."""
+    line = ((row - start) * n + head) * WIDTH
+    return tensor + start.to(tl.int64) * n * WIDTH + line[:, None] + channel[None, :]
+
+
+@triton.jit
+def load_queries(queries, start, row, head, there, HALF: tl.constexpr):
+    """Raw queries in two halves, as stored."""
+    at = at_lines(queries.raw, start, row, head, tl.arange(0, HALF))
+    return tl.load(at, mask=there[:, None], other=0.0), tl.load(at + HALF, mask=there[:, None], other=0.0)
+
+
+@triton.jit
+def query_norms(queries, start, row, head, inside, SHAPE: tl.constexpr):
+    """1 / the root mean square of raw queries."""
+    first, second = load_queries(queries, start, row, head, inside, SHAPE.half)
+    return inverse_norm(first.to(tl.float32), second.to(tl.float32), SHAPE.epsilon, SHAPE.half)
+
+
+@triton.jit
+def gained_queries(queries, start, row, head, there, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """Raw queries times their gain, in two halves.
+
+    Read again at every scale, from a cache: held in registers, they would cost a program per multiprocessor. `there`
+    is to depend on the scale, or the compiler does hold them.
+    """
+    channel = tl.arange(0, HALF)
+    first, second = load_queries(queries, start, row, head, there, HALF)
+    first = first.to(tl.float32) * of_heads(queries.gain, head, channel, 2 * HALF, HEADS)
+    return first, second.to(tl.float32) * of_heads(queries.gain, head, channel + HALF, 2 * HALF, HEADS)
+
+
+@triton.jit
+def turned_queries(first, second, place, places, scale, operand: tl.constexpr, SHAPE: tl.constexpr):
+    """Queries rotated for a scale, as an operand of products [lines, d]."""
+    turn = turns(place, places.frequency, scale, tl.arange(0, SHAPE.half), SHAPE.half, SHAPE.fast)
+    cosine, sine = cosine_sine(turn, SHAPE.fast)
+    first, second = rotated(first, second, cosine, sine)
+    return joined(first.to(operand), second.to(operand))
+
+
+@triton.jit
+def utility(first, second, norm, queries, head, scale, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """<rho_l, q> + beta_l of every line in units of log 2; halves of q times its gain, and what normalises it."""
+    channel = tl.arange(0, HALF)
+    at = queries.rho + scale * queries.n * 2 * HALF
+    learned = tl.sum(first * of_heads(at, head, channel, 2 * HALF, HEADS), 1)
+    learned += tl.sum(second * of_heads(at, head, channel + HALF, 2 * HALF, HEADS), 1)
+    return (learned * norm + tl.load(queries.beta + scale * queries.n + head).to(tl.float32)) * LOG2_E
+
+
+@triton.jit
+def slots_of_scale(keys, group, places, scale, SHAPE: tl.constexpr):
+    """Pointers to slot 0 of a scale's prepared keys and values, and the values' stride."""
+    past = past_of(scale, SHAPE)
+    before = entries_before(scale, places.rows, SHAPE) + past
+    value_stride = pick(keys.raw_values.entry_strides, scale).to(tl.int64)
+    value_base = pick(keys.raw_values.tensors, scale) + group * pick(keys.raw_values.group_strides, scale)
+    key_base = keys.prepared + (group.to(tl.int64) * keys.total + before) * 2 * SHAPE.half
+    return key_base, value_base + past * value_stride, value_stride
+
+
+@triton.jit
+def attend_kernel(
+    queries,
+    keys,
+    places,
+    out,  # [t, n, d]
+    lse,  # [n, t], of the one softmax, in units of log 2
+    scale_lse,  # [t, n, L], of every scale, utilities included; or None
+    SHAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    HALF: tl.constexpr = SHAPE.half
+    operand: tl.constexpr = keys.prepared.dtype.element_ty
+    start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
+    ends, inside = tile_ends(start, places, ROWS), row < places.rows
+    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
+    norm = query_norms(queries, start, row, head, inside, SHAPE)
+    # queries are rotated as they are, and logits normalised: a factor for each row, in units of log 2
+    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
+    top = tl.full([HEADS * ROWS], FARTHEST, tl.float32)
+    mass = tl.zeros([HEADS * ROWS], tl.float32)
+    fused = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
+    for scale in tl.range(0, len(SHAPE.windows)):
+        see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
+        begin, end = visible_to_tile(start, ends, scale, SHAPE)
+        first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
+        raised = tl.zeros([HEADS * ROWS], tl.float32)
+        if SHAPE.utilities:
+            raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
+        query = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
+        value_offset = key[:, None] * value_stride + channels[None, :]
+        part = tl.zeros([HEADS * ROWS], tl.float32)
+        for at in tl.range(begin, end, KEYS):
+            real = (key < end - at)[:, None]
+            key_at = key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :]
+            key_tile = tl.load(key_at, mask=real, other=0.0)
+            logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
+            seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+            higher = tl.maximum(top, tl.max(logits, 1) * unit + raised)
+            weight = tl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
+            shrink = tl.exp2(top - higher)
+            added = tl.sum(weight, 1)
+            mass = mass * shrink + added
+            if scale_lse is not None:
+                part = part * shrink + added
+            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+            fused = tl.dot(weight.to(operand), value_tile, fused * shrink[:, None], input_precision=SHAPE.precision)
+            top = higher
+        if scale_lse is not None:
+            at_part = scale_lse + (row.to(tl.int64) * queries.n + head) * len(SHAPE.windows) + scale
+            of_part = tl.where(part > 0, top + tl.log2(tl.where(part > 0, part, 1.0)), float("-inf"))
+            tl.store(at_part, of_part, mask=inside)
+    mass = tl.where(inside, mass, 1.0)
+    out_at = at_dense_lines(out, start, row, head, queries.n, channels, 2 * HALF)
+    tl.store(out_at, (fused / mass[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse + head * places.rows + row, top + tl.log2(mass), mask=inside)

@@ -1,0 +1,151 @@
+"""Joint attention by kernels as operators of torch, so that torch.compile, recomputation and export see one call each.
+
+Tensors and numbers only, as an operator's schema asks: `tiles` is a Tuning in one list (triton_tuning.py).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from maha_megatron.attention.scale_attention.triton_joint import Call
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for, tuning_of
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+
+# an operator's schema is read off annotations: these names keep them short
+Tensor = torch.Tensor
+Tensors = list[torch.Tensor]
+Numbers = list[int]
+
+
+def attend_jointly(
+    q_tnd: torch.Tensor,
+    levels: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+    spec: MahaSpec,
+    past_slots: Sequence[int],
+    with_weights: bool,
+    tuning: Tuning | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output [t, n, d] in q's dtype and, where asked for, scale weights [t, n, L] in fp32, detached.
+
+    As `attend_jointly` of eager_joint.py, for one softmax over all scales.
+    """
+    tuning = tuning or tuning_for(q_tnd.dtype.itemsize, _capability(q_tnd.device))
+    out, _, weights = joint_attention(
+        q_tnd,
+        parameters.query_gain,
+        parameters.key_gain,
+        parameters.utility_query,
+        parameters.utility_bias,
+        document_start_t,
+        [keys for keys, _ in levels],
+        [values for _, values in levels],
+        spec.ratio,
+        list(spec.windows),
+        list(past_slots),
+        spec.rope_base,
+        spec.norm_epsilon,
+        with_weights,
+        numbers_of(tuning),
+    )
+    return out, weights if with_weights else None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the card; of an Ampere where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@torch.library.custom_op("maha_megatron::joint_attention", mutates_args=())
+def joint_attention(
+    q: Tensor,
+    query_gain: Tensor,
+    key_gain: Tensor,
+    rho: Tensor | None,
+    beta: Tensor | None,
+    document_start: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    ratio: int,
+    windows: Numbers,
+    past_slots: Numbers,
+    rope_base: float,
+    norm_epsilon: float,
+    with_weights: bool,
+    tiles: Numbers,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [t, n, d], log-sum-exp [n, t] in units of log 2, and scale weights [t, n, L], empty if not asked for."""
+    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    call = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    out, lse, scale_lse = call.forward(with_weights)
+    return out, lse, lse.new_empty(0) if scale_lse is None else torch.exp2(scale_lse - lse.T[..., None])
+
+
+@joint_attention.register_fake
+def _(q, query_gain, key_gain, rho, beta, document_start, keys, values, ratio, windows, past_slots, *others):
+    with_weights = others[-2]
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    shape = (*q.shape[:2], len(windows)) if with_weights else (0,)
+    return q.new_empty(q.shape), lse, lse.new_empty(shape)
+
+
+@torch.library.custom_op("maha_megatron::joint_attention_backward", mutates_args=())
+def joint_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    query_gain: Tensor,
+    key_gain: Tensor,
+    rho: Tensor | None,
+    beta: Tensor | None,
+    document_start: Tensor,
+    keys: Tensors,
+    values: Tensors,
+    ratio: int,
+    windows: Numbers,
+    past_slots: Numbers,
+    rope_base: float,
+    norm_epsilon: float,
+    tiles: Numbers,
+) -> list[Tensor]:
+    """Gradients of q, of every scale's keys, then values, of query gain and key gain, and of rho and beta if given."""
+    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    call = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    grad_q, learned, grad_keys, grad_values = call.backward(grad_out, out, lse)
+    return [grad_q, *grad_keys, *grad_values, *(grad for grad in learned if grad is not None)]
+
+
+@joint_attention_backward.register_fake
+def _(grad_out, out, lse, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers):
+    wanted = [q, *keys, *values, query_gain, key_gain, rho, beta]
+    return [x.new_empty(x.shape) for x in wanted if x is not None]
+
+
+def _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers) -> Call:
+    ratio, windows, past_slots, rope_base, norm_epsilon, tiles = numbers
+    spec = MahaSpec(ratio=ratio, windows=tuple(windows), rope_base=rope_base, norm_epsilon=norm_epsilon)
+    levels = list(zip(keys, values, strict=True))
+    tuning, past_slots = tuning_of(tiles), tuple(past_slots)
+    return Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, keys, values, ratio, windows, past_slots, rope_base, norm_epsilon, _, tiles = inputs
+    out, lse, weights = output
+    ctx.mark_non_differentiable(lse, weights)
+    ctx.save_for_backward(out, lse, *tensors, *keys, *values)
+    ctx.numbers = ratio, windows, past_slots, rope_base, norm_epsilon, tiles
+
+
+def _backward(ctx, grad_out: Tensor, *_) -> tuple:
+    out, lse, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
+    scales = len(levels) // 2
+    given = (q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
+    grad_q, *others = joint_attention_backward(grad_out, out, lse, *given, *ctx.numbers)
+    learned = (*others[2 * scales :], None, None)[:4]
+    return grad_q, *learned, None, others[:scales], others[scales : 2 * scales], *(None,) * 7
+
+
+joint_attention.register_autograd(_backward, setup_context=_keep)

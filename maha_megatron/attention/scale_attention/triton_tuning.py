@@ -1,0 +1,78 @@
+"""How large the tiles of each kernel are: one table, looked up by card and dtype, never searched at run time.
+
+Its times are in tools/results/attention_kernels_log_2026-11-27.md. To tune a card: `attend(..., tuning=Tuning(...))` of
+triton.py takes other tiles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """One kernel's tiles.
+
+    Args:
+        rows: rows of a tile of one query head.
+        keys: keys of a tile.
+        heads: query heads of one KV group that share a tile of rows; a power of 2 that divides n/g.
+        warps, stages: as Triton's num_warps and num_stages.
+        registers: the most that a thread may have; the compiler's own limit where None.
+    """
+
+    rows: int = 64
+    keys: int = 64
+    heads: int = 1
+    warps: int = 4
+    stages: int = 2
+    registers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows."""
+
+    keys: Tiles = Tiles()
+    forward: Tiles = Tiles()
+    query_gradient: Tiles = Tiles()
+    key_gradient: Tiles = Tiles()
+
+
+def numbers_of(tuning: Tuning) -> list[int]:
+    """The tuning as one list of whole numbers; `tuning_of` is the inverse."""
+    numbers = []
+    for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
+        numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
+    return numbers
+
+
+def tuning_of(numbers: Sequence[int]) -> Tuning:
+    kernels = []
+    for at in range(0, len(numbers), 6):
+        rows, keys, heads, warps, stages, registers = numbers[at : at + 6]
+        kernels.append(
+            Tiles(rows=rows, keys=keys, heads=heads, warps=warps, stages=stages, registers=registers or None)
+        )
+    of_keys, forward, query_gradient, key_gradient = kernels
+    return Tuning(keys=of_keys, forward=forward, query_gradient=query_gradient, key_gradient=key_gradient)
+
+
+_SMALL = Tiles(rows=32, keys=32, stages=1)
+_HOPPER = Tuning(
+    forward=Tiles(stages=3),
+    query_gradient=Tiles(keys=32, stages=3),
+    key_gradient=Tiles(rows=32, stages=3),
+)
+# within the 99 KB of shared memory that a program has on the smallest cards of that age
+_ANY = Tuning(
+    forward=Tiles(keys=32),
+    query_gradient=Tiles(keys=32),
+    key_gradient=Tiles(rows=32),
+)
+
+
+def tuning_for(itemsize_bytes: int, capability: tuple[int, int]) -> Tuning:
+    """The tuning of a dtype of that size on a card of that compute capability; right on every card from Ampere on."""
+    if itemsize_bytes == 4:
+        return Tuning(keys=Tiles(keys=32), forward=_SMALL, query_gradient=_SMALL, key_gradient=_SMALL)
+    return _HOPPER if capability == (9, 0) else _ANY

@@ -1,0 +1,50 @@
+"""Triton's interpreter: kernels run on the CPU, step by step; on a CUDA device where there is one, compiled.
+
+Import this before anything that imports kernels; tests/conftest.py tells Triton which of the two.
+
+Triton 3.6's own has three faults that these tests would meet, and that are mended here: numpy 2.4 no longer takes an
+array of one element for a loop bound; bf16 is held as the bits of integers, which products multiply; and rounding to
+bf16 cuts off.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_patch_tensor, _cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
+_Handle = interpreter.TensorHandle
+
+
+def _patch_tensor_for_new_numpy(tensor, scope) -> None:
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _cast_rounding(self, source, target):
+    old, new = source.dtype.scalar, target.scalar
+    if (old, new) == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+        return _Handle(rounded.view(torch.int16).numpy().view(np.uint16), new)
+    if (old, new) == (tl.bfloat16, tl.float32):
+        return _Handle(_widened(source.data), new)
+    return _cast(self, source, target)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    a, b = (_widened(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+    return _Handle(np.matmul(a, b, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+interpreter._patch_lang_tensor = _patch_tensor_for_new_numpy
+interpreter.InterpreterBuilder.cast_impl = _cast_rounding
+interpreter.InterpreterBuilder.create_dot = _dot

@@ -1,0 +1,134 @@
+"""Kernels compiled ahead, for a card that is not there.
+
+python -m tests.support.kernels CAPABILITY WIDTH DTYPE     prints registers, spills and shared memory as JSON
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from maha_megatron.attention.pyramid import triton_levels
+from maha_megatron.attention.scale_attention import triton_joint
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
+from maha_megatron.attention.spec import MahaSpec
+from maha_megatron.attention.triton_launch import Launch
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler made of one launch, for one program and thread."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compile a launch whose tensors may be on the meta device, as a first call on a card would."""
+    kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = launch.arguments[name]
+        if kernel.params[index].is_constexpr or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        else:
+            signature[name] = _signature(value)
+            _describe(value, (index,), attributes, constants)
+    source = ASTSource(kernel, signature, constants, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    registers, stack = _resources(made.asm["cubin"])
+    return Compiled(
+        registers=registers, spilled_bytes=stack, shared_bytes=made.metadata.shared, ptx=str(made.asm["ptx"])
+    )
+
+
+def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
+    """Every launch of forward and backward at 4,096 tokens and their default windows, on the meta device."""
+    windows, rows = (128, 112, 124, 64), 4096
+    spec = MahaSpec(ratio=4, windows=windows, convolution=False)
+
+    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
+    level_keys, level_values = (
+        [empty(rows // 4**scale, g, width, kind=dtype) for scale in range(len(windows))] for _ in range(2)
+    )
+    levels = list(zip(level_keys, level_values, strict=True))
+    learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
+    call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
+    keys, lse, made = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
+    pyramids = {}
+    for method, learned_here in {
+        "gated": (empty(3, 2, g, width), empty(3, 2, g, 4)),
+        "conv": (empty(3, 2, g, width, 4),),
+        "mean": (),
+        "max": (),
+    }.items():
+        pyramid = triton_levels.Call(method, 4, start, learned_here, levels[0][0], (0,) * len(windows))
+        pyramids[f"pooling, {method}"] = pyramid.pooling(1, levels[0], levels[1])
+        pyramids[f"pooling gradients, {method}"] = pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0]
+    return pyramids | {
+        "preparation": call.preparation(keys),
+        "attention": call.attention(keys, q, lse, None),
+        "query gradients": call.query_gradients(keys, q, lse, q, made),
+        "key gradients": call.key_gradients(keys, q, made, level_keys, level_values, empty(rows, g, width)),
+    }
+
+
+def _signature(value):
+    if isinstance(value, tuple):
+        items = [_signature(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype]
+    return "constexpr" if value is None or value == 1 else "i32"
+
+
+def _describe(value, path, attributes, constants) -> None:
+    """What a call tells the compiler of its arguments: numbers that 16 divides, and those that are 1."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _describe(item, (*path, index), attributes, constants)
+    elif value is None or (not isinstance(value, torch.Tensor) and value == 1):
+        constants[path] = value
+    elif isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack per thread: what a kernel without arrays of its own has there was spilled."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
+    return int(registers[1]), int(stack[1])
+
+
+def main() -> None:
+    capability, width, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+    found = {}
+    tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
+    for name, launch in launches(width, dtype, tuning).items():
+        compiled = dataclasses.asdict(compile_launch(launch, capability))
+        found[name] = {key: value for key, value in compiled.items() if key != "ptx"}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

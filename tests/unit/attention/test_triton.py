@@ -1,0 +1,169 @@
+"""Kernels of joint attention against the naive backend: every output and gradient by name, in Triton's interpreter.
+
+Learned parameters are random, gains included. Tiles are small, so that short sequences have many.
+"""
+
+import functools
+import logging
+
+import pytest
+import torch
+
+from tests.support.interpreter import DEVICE  # isort: split
+
+from maha_megatron.attention.api import maha_attention
+from maha_megatron.attention.pyramid import eager as pyramid
+from maha_megatron.attention.scale_attention import naive, triton
+from maha_megatron.attention.scale_attention.triton import attend
+from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.state import MahaState, piece_document_start
+from tests.support.attention import PACKED, Case, documents_of, leaves, parameter_specs, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+SHORT = (13, 1, 7, 30, 3, 9)
+
+
+def spec(ratio=4, windows=(24, 9, 6), **options) -> MahaSpec:
+    return MahaSpec(ratio=ratio, windows=windows, convolution=False, **options)
+
+
+def tuning(heads: int) -> Tuning:
+    """Tiles whose sizes differ, so that none is taken for another."""
+    rows = {1: Tiles(rows=32, keys=16), 2: Tiles(rows=16, keys=16, heads=2)}[heads]
+    return Tuning(keys=Tiles(keys=32), forward=rows, query_gradient=rows, key_gradient=Tiles(rows=32, keys=16))
+
+
+def kernels(heads: int):
+    """With tiles of the tests' own; with the table's for 0 heads."""
+    return functools.partial(attend, tuning=tuning(heads) if heads else None)
+
+
+full = pytest.mark.full
+PACKED_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec())
+CASES = [
+    pytest.param(Case(lengths=(1,), n=1, g=1, d=32, spec=spec()), 1, id="one row"),
+    pytest.param(Case(lengths=(67,), n=2, g=2, d=32, spec=spec()), 1, id="one document"),
+    pytest.param(PACKED_CASE, 2, id="packed, two heads a tile"),
+    pytest.param(PACKED_CASE, 1, marks=full, id="packed, one head a tile"),
+    pytest.param(Case(lengths=PACKED, n=4, g=2, d=32, spec=spec()), 2, marks=full, id="many tiles"),
+    pytest.param(Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2))), 1, id="ratio 3"),
+    pytest.param(
+        Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
+    ),
+    pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
+]
+
+
+def run(case: Case, values: dict[str, torch.Tensor], attention) -> dict[str, torch.Tensor]:
+    """Output, weights and every gradient by name, of `attention` on a pyramid in plain torch."""
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    start_t = documents_of(case, values["q"].device).start_t
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
+    attended = attention(values["q"], levels, start_t, parameters, case.spec)
+    return with_gradients(attended.out_tnd, attended.weights_tnl, values)
+
+
+def with_gradients(out, weights, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grads = torch.autograd.grad(out, list(values.values()), direction, materialize_grads=True)
+    found = {"out": out, "weights": weights} | {f"grad of {name}": x for name, x in zip(values, grads, strict=True)}
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+@functools.cache
+def exact(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """By the naive backend in fp64, of leaves that `dtype` holds."""
+    values = {name: value.detach().double() for name, value in leaves(case, dtype).items()}
+    return run(case, {name: value.requires_grad_() for name, value in values.items()}, naive.attend)
+
+
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The norm of each difference over that of what is expected, or 0.1: a row that sees one key has no gradient."""
+    assert found.keys() == expected.keys()
+    return {
+        name: ((found[name].double() - value).norm() / value.norm().clamp(min=0.1)).item()
+        for name, value in expected.items()
+    }
+
+
+def wrong(found, expected, tolerance: float) -> dict[str, float]:
+    return {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+
+
+@pytest.mark.parametrize(("case", "heads"), CASES)
+def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
+    found = run(case, leaves(case, torch.float32, DEVICE), kernels(heads))
+    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
+
+
+WIDE_CASE = Case(lengths=(700, 301), n=4, g=1, d=128, spec=spec(windows=(128, 112, 124, 64)))
+
+
+@pytest.mark.parametrize(
+    ("case", "heads"), [(PACKED_CASE, 2), pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu)], ids=["packed", "wide"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
+def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, dtype):
+    """Plain torch in bf16, its errors scaled by the dtypes' resolutions: on a CPU it is not to be trusted in fp16."""
+    plain = errors(
+        run(PACKED_CASE, leaves(PACKED_CASE, torch.bfloat16), naive.attend), exact(PACKED_CASE, torch.bfloat16)
+    )
+    found = errors(run(PACKED_CASE, leaves(PACKED_CASE, dtype, DEVICE), kernels(2)), exact(PACKED_CASE, dtype))
+    finer = torch.finfo(dtype).eps / torch.finfo(torch.bfloat16).eps
+    assert {name: error for name, error in found.items() if not error <= 2 * finer * plain[name]} == {}, plain
+
+
+def test_two_runs_are_bitwise_equal():
+    case = Case(lengths=(5, 32), n=2, g=1, d=32, spec=spec(windows=(20, 7)))
+    first, second = (run(case, leaves(case, torch.float32, DEVICE), kernels(2)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weights_are_written_when_asked_for_only():
+    case = Case(lengths=(9,), n=1, g=1, d=32, spec=spec(windows=(5, 2)))
+    values = leaves(case, torch.float32, DEVICE)
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    start_t = documents_of(case, DEVICE).start_t
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
+    inputs = (values["q"], levels, start_t, parameters, case.spec)
+    without, given = (attend(*inputs, with_weights=asked) for asked in (False, True))
+    assert without.weights_tnl is None
+    assert torch.equal(without.out_tnd, given.out_tnd)
+    torch.testing.assert_close(given.weights_tnl.sum(-1), torch.ones(9, 1, device=DEVICE))
+
+
+def test_pieces_equal_one_pass_and_gradients_cross_their_borders():
+    case = Case(lengths=(23, 4, 16), n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=(7, 4, 3)))
+    values = leaves(case, torch.float32, DEVICE)
+    sizes = {"streams": 1, "n": 2, "g": 1, "d": 32, "dtype": torch.float32, "device": DEVICE}
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    state, starts, pieces = MahaState.initial(case.spec, **sizes), documents_of(case, DEVICE).start_t, []
+    for first, stop in ((0, 10), (10, 11), (11, 43)):
+        rows = [values[name][first:stop] for name in "qkv"]
+        piece_starts = piece_document_start(starts, first, stop)
+        options = {"backend": "triton", "with_weights": True, "state": state}
+        pieces.append(maha_attention(*rows, piece_starts, parameters, case.spec, **options))
+        state = pieces[-1].state
+    out, weights = (torch.cat([getattr(x, name) for x in pieces]) for name in ("out_tnd", "scale_weights_tnl"))
+    assert wrong(with_gradients(out, weights, values), reference(case), 3e-6) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "dtype", "missing"),
+    [
+        ({}, 16, torch.float32, "heads of 16 channels"),
+        ({}, 32, torch.float64, "torch.float64"),
+        ({"coupling": "gram"}, 32, torch.float32, "the aggregation (full, convex, entropy, gram, LSE)"),
+        ({"lse_utility": False}, 32, torch.float32, "the aggregation (full, convex, entropy, none, no LSE)"),
+    ],
+    ids=["width", "fp64", "gram", "no LSE"],
+)
+def test_what_no_kernel_serves_is_said_once_and_eager_does_it(caplog, options, width, dtype, missing):
+    triton._say_once.cache_clear()
+    caplog.set_level(logging.INFO, logger=triton.__name__)
+    case = Case(lengths=(19,), n=1, g=1, d=width, spec=spec(windows=(9, 4), **options))
+    found, _ = (run(case, leaves(case, dtype, DEVICE), attend) for _ in range(2))
+    assert wrong(found, exact(case, dtype), 3e-6) == {}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"scale attention: no kernel serves {missing}; eager does"]

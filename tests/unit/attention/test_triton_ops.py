@@ -1,0 +1,95 @@
+"""Kernels as operators of torch: schema, fake tensors, autograd, torch.compile and recomputation, interpreted."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.interpreter import DEVICE  # isort: split
+
+from maha_megatron.attention.pyramid import triton as pyramid
+from maha_megatron.attention.scale_attention import triton, triton_ops
+from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of, tuning_of
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from tests.support.attention import Case, documents_of, leaves, parameter_specs
+
+SPEC = MahaSpec(ratio=4, windows=(9, 5), convolution=False)
+CASE = Case(lengths=(6, 11), n=2, g=1, d=32, spec=SPEC)
+TILES = Tiles(rows=32, keys=16)
+SMALL = Tuning(keys=TILES, forward=TILES, query_gradient=TILES, key_gradient=TILES)
+
+
+def attention_inputs(with_weights: bool, utilities: bool = True) -> tuple:
+    values = leaves(CASE, torch.float32, DEVICE)
+    start_t = documents_of(CASE, DEVICE).start_t
+    keys, levels = values["k"], [values["v"]]
+    coarse = [torch.randn(5, 1, 32, device=DEVICE).requires_grad_() for _ in range(2)]
+    learned = [values[name] for name in ("utility_query", "utility_bias")] if utilities else [None, None]
+    gains = [values[name] for name in ("query_gain", "key_gain")]
+    numbers = (4, [9, 5], [0, 0], 10000.0, 1e-6, with_weights, numbers_of(SMALL))
+    return (values["q"], *gains, *learned, start_t, [keys, coarse[0]], [*levels, coarse[1]], *numbers)
+
+
+def pyramid_inputs(downsampling: str, past: bool) -> tuple:
+    case = Case(lengths=(6, 11), n=1, g=1, d=32, spec=MahaSpec(ratio=4, windows=(3, 2), downsampling=downsampling))
+    values = {name: value.detach() for name, value in leaves(case, torch.float32, DEVICE).items()}
+    learned = [values[name] for name in ("gate_query", "gate_bias", "pool_kernel") if name in values]
+    rows = [torch.cat((values[name][:3], values[name])) if past else values[name] for name in "kv"]
+    older = [torch.randn(2, 1, 32, device=DEVICE) for _ in range(2)] if past else []
+    past_slots = [3, 2] if past else [0, 0]
+    return *rows, documents_of(case, DEVICE).start_t, learned, older, downsampling, 4, past_slots
+
+
+@pytest.mark.parametrize(
+    ("asked", "utilities"),
+    [
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.full),
+        pytest.param(True, False, marks=pytest.mark.full),
+    ],
+)
+def test_joint_attention_is_a_well_formed_operator(asked, utilities):
+    torch.library.opcheck(triton_ops.joint_attention, attention_inputs(asked, utilities))
+
+
+def test_the_backward_of_joint_attention_is_a_well_formed_operator():
+    *inputs, _, tiles = attention_inputs(True)
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    inputs[6:8] = [[x.detach() for x in level] for level in inputs[6:8]]
+    out, lse, _ = triton_ops.joint_attention(*inputs, True, tiles)
+    torch.library.opcheck(triton_ops.joint_attention_backward, (torch.ones_like(out), out, lse, *inputs, tiles))
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["whole", "piece"])
+@pytest.mark.parametrize("downsampling", ["gated", pytest.param("max", marks=pytest.mark.full)])
+def test_the_pyramid_is_made_of_well_formed_operators(downsampling, past):
+    inputs = pyramid_inputs(downsampling, past)
+    torch.library.opcheck(pyramid.pool_levels, inputs)
+    keys, values, start_t, learned, _, *numbers = inputs
+    grads = [torch.ones_like(x) for x in (keys, values, *pyramid.pool_levels(*inputs))]
+    torch.library.opcheck(pyramid.pool_levels_backward, (grads, start_t, learned, [keys, values], *numbers))
+
+
+def whole(values: dict[str, torch.Tensor], start_t: torch.Tensor) -> torch.Tensor:
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(CASE)})
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, SPEC)
+    return triton.attend(values["q"], levels, start_t, parameters, SPEC, with_weights=False).out_tnd
+
+
+@pytest.mark.parametrize("how", ["compiled", "recomputed"])
+def test_pyramid_and_attention_compiled_and_recomputed_are_the_same(how):
+    """Compiled as one graph."""
+    values, start_t = leaves(CASE, torch.float32, DEVICE), documents_of(CASE, DEVICE).start_t
+    if how == "compiled":
+        out = torch.compile(whole, backend="aot_eager", fullgraph=True)(values, start_t)
+    else:
+        out = checkpoint(whole, values, start_t, use_reentrant=False)
+    expected = whole(values, start_t)
+    assert torch.equal(out, expected)
+    wrt = list(values.values())
+    grads, wanted = (torch.autograd.grad(x.sum(), wrt, materialize_grads=True) for x in (out, expected))
+    assert all(torch.equal(x, y) for x, y in zip(grads, wanted, strict=True))
+
+
+def test_a_tuning_is_the_same_after_a_list_of_numbers():
+    tuning = Tuning(forward=Tiles(rows=16, heads=2, registers=168), key_gradient=Tiles(stages=3))
+    assert tuning_of(numbers_of(tuning)) == tuning
