@@ -39,8 +39,8 @@ def seeing_rows(slot, end, places, scale, SHAPE: tl.constexpr):
     """A range of rows that holds all that see slots `slot` ... end-1."""
     stride, window, rows = stride_of(SHAPE.ratio, scale), window_of(scale, SHAPE), places.rows
     begin = tl.minimum(tl.maximum(slot, 0) * stride, rows)
-    # no row sees more than all slots: a longer window must not overflow
-    stop = tl.minimum((end + tl.minimum(window, rows // stride + 1)).to(tl.int64) * stride - 1, rows).to(tl.int32)
+    # in 64 bits, as a window may be longer than the sequence
+    stop = tl.minimum((end.to(tl.int64) + window) * stride - 1, rows).to(tl.int32)
     step = tl.cdiv(tl.maximum(stop - begin, 1), SAMPLE)
     row = begin + tl.arange(0, SAMPLE) * step
     document = tl.load(places.document_start + tl.minimum(row, rows - 1)).to(tl.int32)

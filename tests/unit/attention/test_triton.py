@@ -4,6 +4,7 @@ Learned parameters are random, gains included. Tiles are small, so that short se
 """
 
 import functools
+import itertools
 import logging
 
 import pytest
@@ -133,13 +134,18 @@ def test_weights_are_written_when_asked_for_only():
     torch.testing.assert_close(given.weights_tnl.sum(-1), torch.ones(9, 1, device=DEVICE))
 
 
-def test_pieces_equal_one_pass_and_gradients_cross_their_borders():
-    case = Case(lengths=(23, 4, 16), n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=(7, 4, 3)))
+@pytest.mark.parametrize(
+    ("lengths", "cuts", "windows"),
+    [((23, 4, 16), (0, 10, 11, 43), (7, 4, 3)), ((107,), (0, 100, 101, 107), (64, 32, 11))],
+    ids=["packed", "a past of several tiles of keys"],
+)
+def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows):
+    case = Case(lengths=lengths, n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=windows))
     values = leaves(case, torch.float32, DEVICE)
     sizes = {"streams": 1, "n": 2, "g": 1, "d": 32, "dtype": torch.float32, "device": DEVICE}
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     state, starts, pieces = MahaState.initial(case.spec, **sizes), documents_of(case, DEVICE).start_t, []
-    for first, stop in ((0, 10), (10, 11), (11, 43)):
+    for first, stop in itertools.pairwise(cuts):
         rows = [values[name][first:stop] for name in "qkv"]
         piece_starts = piece_document_start(starts, first, stop)
         options = {"backend": "triton", "with_weights": True, "state": state}
