@@ -3,19 +3,13 @@
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of a GPU; determinism needs it
-
-
-def pytest_configure() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and other packages import it too
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which megatron-core does too
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    import torch
-
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")

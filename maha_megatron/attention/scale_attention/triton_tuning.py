@@ -74,5 +74,6 @@ _ANY = Tuning(
 def tuning_for(itemsize_bytes: int, capability: tuple[int, int]) -> Tuning:
     """The tuning of a dtype of that size on a card of that compute capability; right on every card from Ampere on."""
     if itemsize_bytes == 4:
-        return Tuning(keys=Tiles(keys=32), forward=_SMALL, query_gradient=_SMALL, key_gradient=_SMALL)
+        smallest = Tiles(rows=16, keys=32, stages=1)
+        return Tuning(keys=Tiles(keys=32), forward=_SMALL, query_gradient=_SMALL, key_gradient=smallest)
     return _HOPPER if capability == (9, 0) else _ANY
