@@ -68,11 +68,11 @@ def _kernels() -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
             "the attention backend is triton, and the package is not installed: run pip install 'triton>=3.6,<3.8' "
-            "(on a GPU it comes with torch), or set attention.backend to eager"
+            "(on a GPU it comes with torch), or set maha.backend to eager"
         )
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
-            "the attention backend is triton, and torch finds no CUDA device: set attention.backend to eager "
+            "the attention backend is triton, and torch finds no CUDA device: set maha.backend to eager "
             "(or TRITON_INTERPRET=1 in the environment, to run kernels step by step on the CPU: a test's way)"
         )
     import maha_megatron.attention.pyramid.triton as pyramid_triton
