@@ -1,8 +1,13 @@
-"""One launch of a kernel as data: what runs it, and what compiles it without a device, read the same arguments."""
+"""One launch of a kernel as data, which is run, or compiled without a device; and what every kernel asks of tensors."""
 
+import contextlib
 from dataclasses import dataclass
 
+import torch
 import triton
+
+_WIDTHS = (32, 64, 128)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +16,21 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, object]
     options: dict[str, int]
+    device: torch.device
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+        """On the device of the tensors: Triton takes the current one, which may be another."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def unserved_heads(width: int, dtype: torch.dtype) -> str | None:
+    """What keeps kernels from heads of `width` channels in a dtype, in words; None where they serve them."""
+    if dtype not in _DTYPES:
+        return f"{dtype}"
+    return None if width in _WIDTHS else f"heads of {width} channels"
+
+
+def lined_up(x: torch.Tensor) -> torch.Tensor:
+    """x itself where channels are next to each other, else a copy in which they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -17,7 +17,7 @@ from maha_megatron.attention.slots import first_slot_of, slots_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.scales import stride
 
-_LEARNED = {"gated": ("gate_query", "gate_bias"), "conv": ("pool_kernel",), "mean": (), "max": ()}
+LEARNED = {"gated": ("gate_query", "gate_bias"), "conv": ("pool_kernel",), "mean": (), "max": ()}
 
 
 def build_pyramid(
@@ -33,7 +33,7 @@ def build_pyramid(
     for scale in range(1, spec.scales):
         past_slots = 0 if past is None else len(past[scale - 1][0])
         family = _family(document_start_t, spec.ratio, scale, past_slots)
-        learned = [getattr(parameters, name)[scale - 1] for name in _LEARNED[spec.downsampling]]
+        learned = [getattr(parameters, name)[scale - 1] for name in LEARNED[spec.downsampling]]
         pooled = _Pool.apply(spec.downsampling, past_slots, len(rows), *family, *levels[-1], *learned)
         if spec.key_map:
             keys, values = pooled
@@ -72,7 +72,7 @@ def _family(document_start_t: torch.Tensor, ratio: int, scale: int, past: int) -
 
 class _Pool(torch.autograd.Function):
     """Blocks, `kinds` tensors [slots, g, d], from their children in `kinds` finer ones (keys and values, or queries
-    alone); after those come the learned tensors of the scale that _LEARNED names.
+    alone); after those come the learned tensors of the scale that LEARNED names.
 
     The finer ones have `past` slots in front of slot 0.
     """

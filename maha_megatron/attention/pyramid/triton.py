@@ -3,7 +3,7 @@
 Kept for backward are the levels below the coarsest, which scale attention keeps anyway. In backward the gradients of
 all levels arrive together: each level's is added to the finer one's where it is written, so no sum of two gradients of
 a level's size is made by autograd. Arithmetic is in fp32, every sum has a fixed order: results are bitwise
-reproducible. A key map and fp64 go to eager.py.
+reproducible. A key map, pooled queries and fp64 go to eager.py.
 """
 
 import functools
@@ -13,23 +13,22 @@ from collections.abc import Sequence
 import torch
 
 import maha_megatron.attention.pyramid.eager as eager
-from maha_megatron.attention.pyramid.triton_levels import Call, Level, lined_up, pairs
+from maha_megatron.attention.pyramid.triton_levels import Call, Level, pairs
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.triton_launch import lined_up, unserved_heads
 
 _log = logging.getLogger(__name__)
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LEARNED = {"gated": ("gate_query", "gate_bias"), "conv": ("pool_kernel",), "mean": (), "max": ()}
 
 
 def build_pyramid(
-    rows: Level,
+    rows: tuple[torch.Tensor, ...],
     document_start_t: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
     past: Sequence[Level] | None = None,
 ) -> list[Level]:
     """Packed keys and values of every scale; see pyramid/naive.py for shapes."""
-    missing = what_no_kernel_serves(rows[0], spec)
+    missing = what_no_kernel_serves(rows, spec)
     if missing:
         _say_once(missing)
         return eager.build_pyramid(rows, document_start_t, parameters, spec, past)
@@ -37,19 +36,16 @@ def build_pyramid(
         rows = tuple(torch.cat(parts) for parts in zip(past[0], rows, strict=True))
     if spec.scales == 1:
         return [rows]
-    learned = [getattr(parameters, name) for name in _LEARNED[spec.downsampling]]
+    learned = [getattr(parameters, name) for name in eager.LEARNED[spec.downsampling]]
     older = [] if past is None else [tensor for level in past[1:] for tensor in level]
     return pairs(_Pyramid.apply(spec, document_start_t, len(learned), *rows, *learned, *older))
 
 
-def what_no_kernel_serves(keys: torch.Tensor, spec: MahaSpec) -> str | None:
+def what_no_kernel_serves(rows: tuple[torch.Tensor, ...], spec: MahaSpec) -> str | None:
     """What of a call keeps the kernels from serving it, in words; None where they do."""
-    width = keys.shape[-1]
-    if keys.dtype not in _DTYPES:
-        return f"{keys.dtype}"
-    if width not in (32, 64, 128):
-        return f"heads of {width} channels"
-    return "a key map" if spec.key_map else None
+    if len(rows) != 2:
+        return "queries alone"
+    return unserved_heads(rows[0].shape[-1], rows[0].dtype) or ("a key map" if spec.key_map else None)
 
 
 @functools.cache
@@ -69,7 +65,7 @@ class _Pyramid(torch.autograd.Function):
         if older:
             past_slots = [len(keys) - len(document_start), *(len(level[0]) for level in pairs(older))]
         numbers = (spec.downsampling, spec.ratio, past_slots)
-        rows = lined_up((keys, values))
+        rows = (lined_up(keys), lined_up(values))
         coarser = pool_levels(*rows, document_start, learned, older, *numbers)
         ctx.numbers, ctx.count, ctx.older = numbers, count, len(older) // 2
         ctx.save_for_backward(document_start, *learned, *rows, *coarser[:-2])
@@ -121,7 +117,7 @@ def pool_levels_backward(
 ) -> list[torch.Tensor]:
     """Whole gradients of all levels but the coarsest, in turn, and of the learned tensors; `grads`: of every level."""
     call = Call(downsampling, ratio, document_start, learned, levels[0], past_slots)
-    totals, of_learned = call.backward(pairs(levels), [lined_up(level) for level in pairs(grads)])
+    totals, of_learned = call.backward(pairs(levels), pairs([lined_up(grad) for grad in grads]))
     return [*(tensor for level in totals[:-1] for tensor in level), *of_learned]
 
 

@@ -59,7 +59,8 @@ class Call:
             "GROUPS": _GROUPS,
         }
         grid = (triton.cdiv(slots, self.tile), triton.cdiv(self.g, _GROUPS), 2)
-        return Launch(kernel=kernel, grid=grid, arguments=arguments, options={"num_warps": 4})
+        options, device = {"num_warps": 4}, self.like.device
+        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options, device=device)
 
     def pooling(self, scale: int, finer: Level, pooled: Level) -> Launch:
         arguments = {"finer": _pair(finer), "pooled": _pair(pooled)}
@@ -118,8 +119,3 @@ def pairs(tensors: Sequence[torch.Tensor]) -> list[Level]:
 def _pair(level: Level) -> Pair:
     keys, values = level
     return Pair(level, (keys.stride(0), values.stride(0)), (keys.stride(1), values.stride(1)))
-
-
-def lined_up(level: Level) -> Level:
-    """The level itself where channels are next to each other, else a copy in which they are."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in level)

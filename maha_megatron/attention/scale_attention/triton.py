@@ -15,10 +15,9 @@ from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.scale_attention.triton_ops import attend_jointly
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.triton_launch import unserved_heads
 
 _log = logging.getLogger(__name__)
-_WIDTHS = (32, 64, 128)
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def attend(
@@ -48,10 +47,9 @@ def attend(
 
 def what_no_kernel_serves(width: int, dtype: torch.dtype, spec: MahaSpec) -> str | None:
     """What of a call keeps the kernels from serving it, in words; None where they do."""
-    if dtype not in _DTYPES:
-        return f"{dtype}"
-    if width not in _WIDTHS:
-        return f"heads of {width} channels"
+    unserved = unserved_heads(width, dtype)
+    if unserved:
+        return unserved
     if spec.scales > 1 and (spec.queries != "full" or not spec.joint_softmax or not spec.lse_utility):
         parts = (
             spec.queries,

@@ -27,7 +27,7 @@ from maha_megatron.attention.scale_attention.triton_key_gradient import key_grad
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
-from maha_megatron.attention.triton_launch import Launch
+from maha_megatron.attention.triton_launch import Launch, lined_up
 from maha_megatron.scales import slot_count, stride
 
 
@@ -35,9 +35,9 @@ class Call:
     """One call's tensors and numbers, as the kernels take them."""
 
     def __init__(self, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels):
-        self.q, self.query_gain, self.key_gain = _lined_up(q), query_gain.contiguous(), key_gain.contiguous()
+        self.q, self.query_gain, self.key_gain = lined_up(q), query_gain.contiguous(), key_gain.contiguous()
         self.rho, self.beta = (None, None) if rho is None else (rho.contiguous(), beta.contiguous())
-        self.raw_keys, self.values = ([_lined_up(level[kind]) for level in levels] for kind in (0, 1))
+        self.raw_keys, self.values = ([lined_up(level[kind]) for level in levels] for kind in (0, 1))
         self.spec, self.tuning, self.past_slots = spec, tuning, past_slots
         self.rows, self.n, self.d = q.shape
         self.g = self.raw_keys[0].shape[1]
@@ -80,7 +80,7 @@ class Call:
         """Of a kernel that takes `tensors`, then a Shape, then sizes of its tiles."""
         arguments = dict(zip(kernel.arg_names, (*tensors, self._shape()), strict=False)) | sizes
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
-        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options)
+        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options, device=self.q.device)
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -140,7 +140,7 @@ class Call:
 
     def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
-        grad_out = _lined_up(grad_out)
+        grad_out = lined_up(grad_out)
         keys, made = self.prepared_keys(), self.made_by_query_gradients()
         self.query_gradients(keys, out, lse, grad_out, made).run()
         grad_keys, grad_values = (
@@ -154,11 +154,6 @@ class Call:
         grad_rho = made.rho_parts.sum(0) * self.query_gain
         learned += [grad_rho.to(self.rho.dtype), made.beta_parts.sum(0).to(self.beta.dtype)]
         return made.grad_q, tuple(learned), grad_keys, grad_values
-
-
-def _lined_up(x: torch.Tensor) -> torch.Tensor:
-    """x itself where channels are next to each other, else a copy in which they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(x: torch.Tensor) -> Rows:

@@ -9,6 +9,7 @@ import torch
 from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.pyramid import naive, triton
+from maha_megatron.attention.pyramid.queries import pool_queries
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from tests.support.attention import Case, leaves, parameter_specs, start_rows
 
@@ -144,3 +145,12 @@ def test_what_no_kernel_serves_is_said_once_and_eager_does_it(caplog, options, w
     found, _ = (run(case, leaves(case, dtype, DEVICE), triton.build_pyramid) for _ in range(2))
     assert wrong(found, exact(case, dtype), 5e-6) == {}
     assert [record.getMessage() for record in caplog.records] == [f"pyramid: no kernel serves {missing}; eager does"]
+
+
+def test_pooled_queries_have_no_kernel_and_go_to_eager():
+    case = CASES[0]
+    q, starts = leaves(case, torch.float32, DEVICE)["q"], start_rows(case.lengths).to(DEVICE)
+    builds = (triton.build_pyramid, naive.build_pyramid)
+    found, expected = (pool_queries(build, q, starts, case.spec) for build in builds)
+    for level, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(level, reference, rtol=0, atol=1e-6)
