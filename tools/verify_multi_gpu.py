@@ -5,12 +5,14 @@ r"""Show that every topology of two devices trains like one: losses over a run a
 
 The warm-up is kept within the first fifth of the steps.
 
-The yardstick is one device against itself: the same run with the micro-batch split in two. A topology passes when its
-losses stay within twice the largest difference of that pair, at every logged step, and its first gradient norm within
-twice the pair's difference or the stated floor. Works on CPUs too (gloo). Exit code 1 when a topology fails.
+The yardstick is one device against itself: the same run with the micro-batch whole, in halves and in quarters. A
+topology passes when its losses stay within twice the largest difference of any two of these three, at every logged step,
+and its first gradient norm within twice their largest difference or the stated floor. The data-parallel topologies take
+half the micro-batch a device. Works on CPUs too (gloo). Exit code 1 when a topology fails.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from maha_megatron.train.trials import Trial, column, run_side_by_side, warmup_s
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ONE, SPLIT = "1 device", "1 device, half micro-batch"
+ONE, HALVES, QUARTERS = "1 device", "1 device, half micro-batch", "1 device, quarter micro-batch"
+YARDSTICK = (ONE, HALVES, QUARTERS)
 HEADER = (
     "topology", "largest loss difference", "against the bound", "first gradient norm", "relative difference", "verdict"
 )  # fmt: skip
@@ -52,26 +55,29 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
-    """The runs by title: the pair on one device, then every topology of two."""
+    """The runs by title: those on one device, then every topology of two."""
     config = load_config(arguments.config, arguments.set)
     allowed = programs.allowed_program(config, arguments.allow_program)
     micro = config.train.micro_batch_samples
-    if micro % 2:
-        raise MahaError(f"train.micro_batch_samples is {micro}; set an even number, since the yardstick halves it")
+    if micro % 4:
+        raise MahaError(f"train.micro_batch_samples is {micro}; set a multiple of 4, since the yardstick quarters it")
     warmup = warmup_settings(config.schedule.warmup_steps, arguments.steps, arguments.set)
     common = (f"train.steps={arguments.steps}", "train.log_interval_steps=1", *warmup, *arguments.set)
+    half = f"train.micro_batch_samples={micro // 2}"
     topologies = {
-        SPLIT: (1, (f"train.micro_batch_samples={micro // 2}",)),  # first: it takes longest
+        QUARTERS: (1, (f"train.micro_batch_samples={micro // 4}",)),  # first: it takes longest
+        HALVES: (1, (half,)),
         ONE: (1, ()),
         "TP2": (2, ("parallel.tensor=2",)),
         "TP2 + sequence parallel": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-        "DP2, ZeRO 1": (2, ("zero.stage=1",)),
-        "DP2, ZeRO 2": (2, ("zero.stage=2",)),
-        "DP2, ZeRO 3": (2, ("zero.stage=3",)),
+        "DP2, ZeRO 1": (2, ("zero.stage=1", half)),
+        "DP2, ZeRO 2": (2, ("zero.stage=2", half)),
+        "DP2, ZeRO 3": (2, ("zero.stage=3", half)),
     }
-    unknown = set(arguments.without) - (topologies.keys() - {ONE, SPLIT})
+    choice = [title for title in topologies if title not in YARDSTICK]
+    unknown = set(arguments.without).difference(choice)
     if unknown:
-        raise MahaError(f"--without {', '.join(sorted(unknown))}: the topologies are {', '.join(list(topologies)[2:])}")
+        raise MahaError(f"--without {', '.join(sorted(unknown))}: the topologies are {', '.join(choice)}")
     return {
         title: Trial(
             name="".join(letter if letter.isalnum() else "_" for letter in title.lower()),
@@ -106,8 +112,9 @@ def main() -> int:
         rows[title] = found
     losses = {title: column(found, "loss_nats") for title, found in rows.items()}
     norms = {title: column(found, "gradient_norm")[1] for title, found in rows.items()}
-    noise = largest_difference(losses[ONE], losses[SPLIT])
-    norm_bound = max(2 * abs(norms[SPLIT] / norms[ONE] - 1), arguments.norm_floor)
+    pairs = list(itertools.combinations(YARDSTICK, 2))
+    noise = max(largest_difference(losses[a], losses[b]) for a, b in pairs)
+    norm_bound = max(*(2 * abs(norms[a] / norms[b] - 1) for a, b in pairs), arguments.norm_floor)
     table, failed = [], False
     for title in rows:
         difference = largest_difference(losses[ONE], losses[title])

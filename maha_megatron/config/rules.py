@@ -17,7 +17,7 @@ from maha_megatron.config.derive import (
     micro_batch_tokens,
     padded_vocabulary,
 )
-from maha_megatron.config.schema import Config, Data, Maha, Optimizer, Schedule, Zero
+from maha_megatron.config.schema import Config, Data, Maha, Model, Optimizer, Schedule, Zero
 from maha_megatron.errors import ConfigError
 
 
@@ -82,6 +82,15 @@ def pattern_fills_layers(config: Config) -> str | None:
         return (
             f"model.layers = {layers} is not a multiple of the {len(pattern)} layers of model.attention; "
             f"use {nearest} layers or another pattern"
+        )
+    return None
+
+
+def embedding_start_is_used(config: Config) -> str | None:
+    if config.model.tied_embeddings and _changed(config.model, Model(), ("embedding_init_std",)):
+        return (
+            "model.embedding_init_std: no effect with model.tied_embeddings, whose one matrix starts with "
+            "model.init_std; remove it, or untie the embeddings"
         )
     return None
 
@@ -401,6 +410,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     groups_divide_heads,
     head_width_is_even,
     pattern_fills_layers,
+    embedding_start_is_used,
     windows_are_possible,
     windows_reach_sequence,
     tensor_within_groups,

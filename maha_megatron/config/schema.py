@@ -66,6 +66,12 @@ class Model:
         help="Standard deviation of initial weights; residual outputs get /sqrt(2 layers).",
         minimum=0,
     )
+    embedding_init_std: float = leaf(
+        1.0,
+        owner="model",
+        help="Standard deviation of the initial embedding; a tied one starts with init_std, as its output layer must.",
+        minimum=0,
+    )
     loss_chunk_tokens: int = leaf(
         2048, owner="model", minimum=1, help="Tokens whose fp32 logits exist at once while the loss is computed."
     )

@@ -41,7 +41,9 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
 
     Norms start at 1 and attention's own parameters at the start of their ParameterSpec. All else is normal with
     model.init_std; the two matrices that write to the residual stream get init_std / sqrt(2 layers); padding
-    rows are 0.
+    rows are 0. An embedding of its own (not tied) gets model.embedding_init_std: the first norm divides by the size
+    of a row, so rows of 0.02 have gradients 50 times those of rows of 1, and AdamW's first steps carry single rows
+    past zero, where gradients of bf16 runs are noise (arXiv 2312.16903 finds the same cause of loss spikes).
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -50,6 +52,8 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
         assert spec.shape == tuple(shape), (name, spec.shape, tuple(shape))
         return spec.initial()
     std = config.model.init_std
+    if name == "embedding.weight" and not config.model.tied_embeddings:
+        std = config.model.embedding_init_std
     if name.endswith(("attention.output.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.model.layers)
     value = torch.randn(tuple(shape), generator=named_generator(config.run.seed, name)) * std

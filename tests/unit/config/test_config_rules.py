@@ -18,6 +18,9 @@ REFUSED = {
         ({"model": {"layers": 10, "attention": ["maha", "maha", "maha", "dense"]}}, ["layers = 10", "use 8 layers"]),
         ({"model": {"attention": []}}, ["model.attention is empty"]),
     ],
+    "embedding_start_is_used": [
+        ({"model": {"tied_embeddings": True, "embedding_init_std": 0.1}}, ["model.embedding_init_std", "init_std"]),
+    ],
     "windows_are_possible": [
         ({"maha": {"ratio": 9}}, ["ratio = 9", "2..8"]),
         ({"maha": {"windows": [3] * 9}}, ["9 scales", "at most 8", "maha.windows: [128, 112, 124, 64]"]),

@@ -55,6 +55,16 @@ def test_residual_outputs_start_smaller():
         assert initial_value(name, wide, config).std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
 
 
+def test_an_embedding_of_its_own_starts_with_its_own_std_and_a_tied_one_as_an_output_layer():
+    def std(name, **changes):
+        return initial_value(name, (96, 800), tiny_config(**changes)).std().item()
+
+    assert std("embedding.weight") == pytest.approx(1, rel=0.02)
+    assert std("embedding.weight", model__embedding_init_std=0.3) == pytest.approx(0.3, rel=0.02)
+    assert std("embedding.weight", model__tied_embeddings=True) == pytest.approx(0.02, rel=0.02)
+    assert std("output.weight") == pytest.approx(0.02, rel=0.02)
+
+
 def test_a_value_depends_on_the_seed_and_the_name_alone():
     config = tiny_config()
     first = initial_value("layers.0.mlp.down.weight", (8, 8), config)
