@@ -6,9 +6,9 @@ r"""Show that every topology of two devices trains like one: losses over a run a
 The warm-up is kept within the first fifth of the steps.
 
 The yardstick is one device against itself: the same run with the micro-batch whole, in halves and in quarters. A
-topology passes when its losses stay within twice the largest difference of any two of these three, at every logged step,
-and its first gradient norm within twice their largest difference or the stated floor. The data-parallel topologies take
-half the micro-batch a device. Works on CPUs too (gloo). Exit code 1 when a topology fails.
+topology passes when its losses stay within twice the largest difference of any two of these three, at every logged
+step, and its first gradient norm within twice their largest difference or the stated floor. The data-parallel
+topologies take half the micro-batch a device. Works on CPUs too (gloo). Exit code 1 when a topology fails.
 """
 
 import argparse

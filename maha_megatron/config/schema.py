@@ -67,7 +67,7 @@ class Model:
         minimum=0,
     )
     embedding_init_std: float = leaf(
-        1.0,
+        0.2,
         owner="model",
         help="Standard deviation of the initial embedding; a tied one starts with init_std, as its output layer must.",
         minimum=0,

@@ -42,8 +42,8 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
     Norms start at 1 and attention's own parameters at the start of their ParameterSpec. All else is normal with
     model.init_std; the two matrices that write to the residual stream get init_std / sqrt(2 layers); padding
     rows are 0. An embedding of its own (not tied) gets model.embedding_init_std: the first norm divides by the size
-    of a row, so rows of 0.02 have gradients 50 times those of rows of 1, and AdamW's first steps carry single rows
-    past zero, where gradients of bf16 runs are noise (arXiv 2312.16903 finds the same cause of loss spikes).
+    of a row, so rows of 0.02 have gradients ten times those of rows of 0.2, and AdamW's first steps carry some of them
+    past zero, where the gradients of bf16 runs are noise (arXiv 2312.16903 traces loss spikes to the same cause).
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)

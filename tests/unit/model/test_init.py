@@ -59,8 +59,8 @@ def test_an_embedding_of_its_own_starts_with_its_own_std_and_a_tied_one_as_an_ou
     def std(name, **changes):
         return initial_value(name, (96, 800), tiny_config(**changes)).std().item()
 
-    assert std("embedding.weight") == pytest.approx(1, rel=0.02)
-    assert std("embedding.weight", model__embedding_init_std=0.3) == pytest.approx(0.3, rel=0.02)
+    assert std("embedding.weight") == pytest.approx(0.2, rel=0.02)
+    assert std("embedding.weight", model__embedding_init_std=1.0) == pytest.approx(1.0, rel=0.02)
     assert std("embedding.weight", model__tied_embeddings=True) == pytest.approx(0.02, rel=0.02)
     assert std("output.weight") == pytest.approx(0.02, rel=0.02)
 
