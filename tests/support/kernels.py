@@ -69,7 +69,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
     call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
-    keys, lse, made = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
+    keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
+    made = call.made_by_key_gradients(level_keys, level_values)
     pyramids = {}
     for method, learned_here in {
         "gated": (empty(3, 2, g, width), empty(3, 2, g, 4)),
@@ -83,8 +84,9 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     return pyramids | {
         "preparation": call.preparation(keys),
         "attention": call.attention(keys, q, lse, None),
-        "query gradients": call.query_gradients(keys, q, lse, q, made),
-        "key gradients": call.key_gradients(keys, q, made, level_keys, level_values, empty(rows, g, width)),
+        "query gradients": call.query_gradients(keys, q, lse, q, found),
+        "key gradients": call.key_gradients(keys, q, found, made),
+        "key gradients, parts added": call.added_parts(made),
     }
 
 

@@ -50,19 +50,36 @@ class Keys(NamedTuple):
 
 
 class QueryGradients(NamedTuple):
-    """What the first kernel of backward writes: sums over rows in parts, one for each tile of rows.
+    """What the first kernel of backward writes, for the heads that it was given.
 
     grad_q [t, n, d]; delta and norms (1 / root mean square of the raw queries) [n, t]; offsets [n, L, t], c_l - LSE in
-    units of log 2; gain_parts [tiles, n, d]; rho_parts [tiles, L, n, d], before the gain; beta_parts [tiles, L, n].
+    units of log 2; turned [n, L, t, d], queries times their gain, rotated for every scale, not normalised;
+    utility_gradients and shares (the scale's part of the softmax) [n, L, t]. Sums over rows in parts, one for each tile
+    of rows: gain_parts [tiles, n, d] and, before the gain, rho_parts [tiles, L, n, d].
     """
 
-    grad_q: torch.Tensor
+    grad_q: Rows
     delta: torch.Tensor
     norms: torch.Tensor
     offsets: torch.Tensor
+    turned: torch.Tensor
+    utility_gradients: torch.Tensor
+    shares: torch.Tensor
     gain_parts: torch.Tensor
     rho_parts: torch.Tensor
-    beta_parts: torch.Tensor
+
+
+class KeyGradients(NamedTuple):
+    """What the second and third kernel of backward write.
+
+    gain_parts [tiles of keys of all scales, g, d]; sums [programs, g, 2, keys of a tile, d], of programs that share
+    their tile of keys with others.
+    """
+
+    grad_keys: Scales
+    grad_values: Scales
+    gain_parts: torch.Tensor
+    sums: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,13 +71,6 @@ def at_lines(rows, start, row, head, channel):
 
 
 @triton.jit
-def at_dense_lines(tensor, start, row, head, n, channel, WIDTH: tl.constexpr):
-    """The same for a contiguous tensor."""
-    line = ((row - start) * n + head) * WIDTH
-    return tensor + start.to(tl.int64) * n * WIDTH + line[:, None] + channel[None, :]
-
-
-@triton.jit
 def load_queries(queries, start, row, head, there, HALF: tl.constexpr):
     """Raw queries in two halves, as stored."""
     at = at_lines(queries.raw, start, row, head, tl.arange(0, HALF))
@@ -106,11 +99,11 @@ def gained_queries(queries, start, row, head, there, HALF: tl.constexpr, HEADS: 
 
 @triton.jit
 def turned_queries(first, second, place, places, scale, operand: tl.constexpr, SHAPE: tl.constexpr):
-    """Queries rotated for a scale, as an operand of products [lines, d]."""
+    """Queries rotated for a scale, in two halves of the dtype of products."""
     turn = turns(place, places.frequency, scale, tl.arange(0, SHAPE.half), SHAPE.half, SHAPE.fast)
     cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = rotated(first, second, cosine, sine)
-    return joined(first.to(operand), second.to(operand))
+    return first.to(operand), second.to(operand)
 
 
 @triton.jit
@@ -139,7 +132,7 @@ def attend_kernel(
     queries,
     keys,
     places,
-    out,  # [t, n, d]
+    out,  # Rows
     lse,  # [n, t], of the one softmax, in units of log 2
     scale_lse,  # [t, n, L], of every scale, utilities included; or None
     SHAPE: tl.constexpr,
@@ -165,7 +158,8 @@ def attend_kernel(
         raised = tl.zeros([HEADS * ROWS], tl.float32)
         if SHAPE.utilities:
             raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
-        query = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        query = joined(turned_first, turned_second)
         key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
         value_offset = key[:, None] * value_stride + channels[None, :]
         part = tl.zeros([HEADS * ROWS], tl.float32)
@@ -191,6 +185,6 @@ def attend_kernel(
             of_part = tl.where(part > 0, top + tl.log2(tl.where(part > 0, part, 1.0)), float("-inf"))
             tl.store(at_part, of_part, mask=inside)
     mass = tl.where(inside, mass, 1.0)
-    out_at = at_dense_lines(out, start, row, head, queries.n, channels, 2 * HALF)
-    tl.store(out_at, (fused / mass[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    fused = (fused * (1 / mass)[:, None]).to(out.tensor.dtype.element_ty)
+    tl.store(at_lines(out, start, row, head, channels), fused, mask=inside[:, None])
     tl.store(lse + head * places.rows + row, top + tl.log2(mass), mask=inside)

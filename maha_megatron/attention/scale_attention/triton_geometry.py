@@ -20,15 +20,20 @@ from triton.language.extra import libdevice
 
 @functools.lru_cache(maxsize=32)
 def frequency_table(width: int, base: float, ratio: int, scales: int, device: torch.device) -> torch.Tensor:
-    """F of every scale and channel pair: int32 [L, 3, d/2], the upper and the lower 32 bits, and the upper rounded."""
-    words = []
+    """F of every scale and channel pair, int32 [L, 4, d/2].
+
+    The upper and the lower 32 bits, the upper rounded, and by how much that is more than the next finer scale's.
+    """
+    words, before = [], [0] * (width // 2)
     for scale in range(scales):
         turns_a_row = [base ** (-2 * i / width) / (2 * math.pi * ratio**scale) for i in range(width // 2)]
         fractions = [int(math.ldexp(turn, 64)) for turn in turns_a_row]
         words += [[value >> 32 for value in fractions], [value & 0xFFFFFFFF for value in fractions]]
-        words += [[(value + (1 << 31)) >> 32 for value in fractions]]
+        rounded = [(value + (1 << 31)) >> 32 for value in fractions]
+        words += [rounded, [(new - old) & 0xFFFFFFFF for new, old in zip(rounded, before, strict=True)]]
+        before = rounded
     signed = [[word - (word >> 31 << 32) for word in row] for row in words]
-    return torch.tensor(signed, dtype=torch.int32, device=device).view(scales, 3, width // 2)
+    return torch.tensor(signed, dtype=torch.int32, device=device).view(scales, 4, width // 2)
 
 
 @triton.jit
@@ -38,12 +43,22 @@ def turns(place, frequency, scale, channel, HALF: tl.constexpr, FAST: tl.constex
     FAST: with the upper 32 bits of F alone, rounded. Queries and keys then turn by the same slightly other angle a row,
     and what a query and a key n rows apart see of that is n 2^-33 turns.
     """
-    upper = tl.load(frequency + 3 * scale * HALF + channel).to(tl.uint32, bitcast=True)
+    upper = tl.load(frequency + 4 * scale * HALF + channel).to(tl.uint32, bitcast=True)
     place = place.to(tl.uint32, bitcast=True)[:, None]
     if FAST:
-        return place * tl.load(frequency + (3 * scale + 2) * HALF + channel).to(tl.uint32, bitcast=True)[None, :]
-    lower = tl.load(frequency + (3 * scale + 1) * HALF + channel).to(tl.uint32, bitcast=True)
+        return place * tl.load(frequency + (4 * scale + 2) * HALF + channel).to(tl.uint32, bitcast=True)[None, :]
+    lower = tl.load(frequency + (4 * scale + 1) * HALF + channel).to(tl.uint32, bitcast=True)
     return place * upper[None, :] + tl.umulhi(place, lower[None, :])
+
+
+@triton.jit
+def turns_on(place, frequency, scale, channel, HALF: tl.constexpr, FAST: tl.constexpr):
+    """By how much the turn of a scale is more than the next finer one's; at scale 0, than none."""
+    if FAST:
+        more = tl.load(frequency + (4 * scale + 3) * HALF + channel).to(tl.uint32, bitcast=True)
+        return place.to(tl.uint32, bitcast=True)[:, None] * more[None, :]
+    before = turns(tl.where(scale > 0, place, 0), frequency, tl.maximum(scale - 1, 0), channel, HALF, FAST)
+    return turns(place, frequency, scale, channel, HALF, FAST) - before
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """Joint attention by kernels: which buffers they read and write, and in which order (triton_ops.py calls them).
 
-    forward    prepare_keys -> attend_kernel
-    backward   prepare_keys -> query_gradient_kernel -> key_gradient_kernel
+    forward     prepare_keys -> attend_kernel
+    backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel), by a few KV groups
 
-Kept for backward: q, the levels, out, and one number per row and head. Every sum has a fixed order, so results are
-bitwise reproducible.
+Kept for backward: q, the levels, out, and one number per row and head. Backward's own buffers, turned queries and
+prepared keys, are those of a few groups. Every sum has a fixed order, so results are bitwise reproducible.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 import triton
 
 from maha_megatron.attention.scale_attention.triton_arguments import (
+    KeyGradients,
     Keys,
     Places,
     Queries,
@@ -23,7 +24,7 @@ from maha_megatron.attention.scale_attention.triton_arguments import (
 )
 from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
-from maha_megatron.attention.scale_attention.triton_key_gradient import key_gradient_kernel
+from maha_megatron.attention.scale_attention.triton_key_gradient import add_parts_kernel, key_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
@@ -98,7 +99,7 @@ class Call:
 
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
-        tensors = (self._queries(), self._keys(keys), self._places(), out, lse, scale_lse)
+        tensors = (self._queries(), self._keys(keys), self._places(), _rows(out), lse, scale_lse)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
@@ -110,50 +111,113 @@ class Call:
         self.attention(self.prepared_keys(), out, lse, scale_lse).run()
         return out, lse, scale_lse
 
-    def made_by_query_gradients(self) -> QueryGradients:
-        n, scales = self.n, self.spec.scales
-        tiles = self._row_grid(self.tuning.query_gradient)[0]
-        parts = 0 if self.rho is None else tiles
-        return QueryGradients(
-            grad_q=self._empty(self.rows, n, self.d, dtype=self.q.dtype),
-            delta=self._empty(n, self.rows),
-            norms=self._empty(n, self.rows),
-            offsets=self._empty(n, scales, self.rows),
-            gain_parts=self._empty(tiles, n, self.d),
-            rho_parts=self._empty(parts, scales, n, self.d),
-            beta_parts=self._empty(parts, scales, n),
-        )
-
     def query_gradients(self, keys, out, lse, grad_out, made: QueryGradients) -> Launch:
         tiles = self.tuning.query_gradient
-        tensors = (self._queries(), self._keys(keys), self._places(), out, lse, _rows(grad_out), made)
+        tensors = (self._queries(), self._keys(keys), self._places(), _rows(out), lse, _rows(grad_out), made)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
-    def key_gradients(self, keys, grad_out, made: QueryGradients, grad_keys, grad_values, gain_parts) -> Launch:
-        tiles = self.tuning.key_gradient
+    def key_gradients(self, keys, grad_out, found: QueryGradients, made: KeyGradients) -> Launch:
+        tiles, parts = self.tuning.key_gradient, self._parts()
         of_keys = (self._keys(keys), _scales(self.raw_keys), self.key_gain)
-        written = (_scales(grad_keys), _scales(grad_values), gain_parts)
-        tensors = (self._queries(), *of_keys, self._places(), _rows(grad_out), made, *written)
-        sizes = {"ROWS": tiles.rows, "KEYS": tiles.keys}
-        return self._launch(key_gradient_kernel, self._key_grid(tiles), tiles, *tensors, **sizes)
+        tensors = (self._queries(), *of_keys, self._places(), _rows(grad_out), found, made, parts)
+        grid = (sum(tiles_here * part for tiles_here, part in zip(self._key_tiles(tiles), parts, strict=True)), self.g)
+        return self._launch(key_gradient_kernel, grid, tiles, *tensors, ROWS=tiles.rows, KEYS=tiles.keys)
+
+    def added_parts(self, made: KeyGradients) -> Launch:
+        tiles = self.tuning.key_gradient
+        tensors = (_scales(self.raw_keys), self.key_gain, self._places(), made, self._parts())
+        return self._launch(add_parts_kernel, self._key_grid(tiles), tiles, *tensors, KEYS=tiles.keys)
+
+    def _key_tiles(self, tiles: Tiles) -> list[int]:
+        return [-(-entries // tiles.keys) for entries in self.entries]
+
+    def _parts(self) -> tuple[int, ...]:
+        """Of every scale, how many programs share the rows that see a tile of keys."""
+        tile, span, ratio = self.tuning.key_gradient.keys, self.tuning.span, self.spec.ratio
+        seen_by = [min((tile + w) * stride(ratio, scale), self.rows) for scale, w in enumerate(self.spec.windows)]
+        return tuple(-(-rows // span) for rows in seen_by)
+
+    def made_by_query_gradients(self) -> QueryGradients:
+        n, scales, width, dtype = self.n, self.spec.scales, self.d, self.q.dtype
+        tiles = self._row_grid(self.tuning.query_gradient)[0]
+        with_utilities = self.rho is not None
+        return QueryGradients(
+            grad_q=_rows(self._empty(self.rows, n, width, dtype=dtype)),
+            delta=self._empty(n, self.rows),
+            norms=self._empty(n, self.rows),
+            offsets=self._empty(n, scales, self.rows),
+            turned=self._empty(n, scales, self.rows, width, dtype=dtype),
+            utility_gradients=self._empty(n * with_utilities, scales, self.rows),
+            shares=self._empty(n * with_utilities, scales, self.rows),
+            gain_parts=self._empty(tiles, n, width),
+            rho_parts=self._empty(tiles * with_utilities, scales, n, width),
+        )
+
+    def made_by_key_gradients(self, grad_keys, grad_values) -> KeyGradients:
+        tiles, parts = self.tuning.key_gradient, self._parts()
+        here = self._key_tiles(tiles)
+        finest = min((scale for scale, part in enumerate(parts) if part > 1), default=len(parts))
+        programs = sum(count * part for count, part in zip(here[finest:], parts[finest:], strict=True))
+        return KeyGradients(
+            grad_keys=_scales(grad_keys),
+            grad_values=_scales(grad_values),
+            gain_parts=self._empty(sum(here), self.g, self.d),
+            sums=self._empty(programs, self.g, 2, tiles.keys, self.d),
+        )
 
     def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
         grad_out = lined_up(grad_out)
-        keys, made = self.prepared_keys(), self.made_by_query_gradients()
-        self.query_gradients(keys, out, lse, grad_out, made).run()
+        grad_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
         grad_keys, grad_values = (
-            [self._empty(*x.shape, dtype=x.dtype) for x in of] for of in (self.raw_keys, self.values)
+            [torch.empty_like(x, memory_format=torch.contiguous_format) for x in of]
+            for of in (self.raw_keys, self.values)
         )
-        gain_parts = self._empty(self._key_grid(self.tuning.key_gradient)[0], self.g, self.d)
-        self.key_gradients(keys, grad_out, made, grad_keys, grad_values, gain_parts).run()
-        learned = [made.gain_parts.sum(0).to(self.query_gain.dtype), gain_parts.sum(0).to(self.key_gain.dtype)]
+        learned = []
+        for groups in self._portions():
+            heads = slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
+            part = self._portion(heads, groups)
+            into = (grad_q[:, heads], [x[:, groups] for x in grad_keys], [x[:, groups] for x in grad_values])
+            learned.append(part._gradients(grad_out[:, heads], out[:, heads], lse[heads], *into))
+        of_gains = [torch.cat(grads, dim=-2) for grads in list(zip(*learned, strict=True))[:2]]
+        of_utilities = (None, None)
+        if self.rho is not None:
+            of_utilities = (torch.cat([x[2] for x in learned], dim=-2), torch.cat([x[3] for x in learned], dim=-1))
+        return grad_q, (*of_gains, *of_utilities), grad_keys, grad_values
+
+    def _portions(self) -> list[slice]:
+        """Of KV groups: as few at a time as still fill a card, since buffers are as large as their number."""
+        programs = self._row_grid(self.tuning.query_gradient)[0] * (self.n // self.g)
+        sizes = [size for size in range(1, self.g) if self.g % size == 0 and size * programs >= self.tuning.programs]
+        size = min(sizes, default=self.g)
+        return [slice(first, first + size) for first in range(0, self.g, size)]
+
+    def _portion(self, heads: slice, groups: slice) -> "Call":
+        """The call of some KV groups and their heads."""
+        gains = (self.query_gain[heads], self.key_gain[groups])
+        of_utilities = (None, None) if self.rho is None else (self.rho[:, heads], self.beta[:, heads])
+        levels = [(k[:, groups], v[:, groups]) for k, v in zip(self.raw_keys, self.values, strict=True)]
+        numbers = (self.spec, self.past_slots, self.tuning, levels)
+        return Call(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
+
+    def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values) -> tuple[torch.Tensor | None, ...]:
+        """Writes the latter three; returns the gradients of query gain, key gain, rho and beta."""
+        keys = self.prepared_keys()
+        found = self.made_by_query_gradients()._replace(grad_q=_rows(grad_q))
+        self.query_gradients(keys, out, lse, grad_out, found).run()
+        made = self.made_by_key_gradients(grad_keys, grad_values)
+        self.key_gradients(keys, grad_out, found, made).run()
+        if max(self._parts()) > 1:
+            self.added_parts(made).run()
+        of_gains = (found.gain_parts.sum(0).to(self.query_gain.dtype), made.gain_parts.sum(0).to(self.key_gain.dtype))
         if self.rho is None:
-            return made.grad_q, (*learned, None, None), grad_keys, grad_values
-        grad_rho = made.rho_parts.sum(0) * self.query_gain
-        learned += [grad_rho.to(self.rho.dtype), made.beta_parts.sum(0).to(self.beta.dtype)]
-        return made.grad_q, tuple(learned), grad_keys, grad_values
+            return *of_gains, None, None
+        grad_rho = found.rho_parts.sum(0) * self.query_gain
+        # as utility_gradient of the first kernel: what rounding left in the direction of all utilities is taken out
+        total = found.utility_gradients.sum(1, keepdim=True)
+        grad_beta = (found.utility_gradients - found.shares * total).sum(-1).T
+        return *of_gains, grad_rho.to(self.rho.dtype), grad_beta.to(self.beta.dtype)
 
 
 def _rows(x: torch.Tensor) -> Rows:

@@ -1,18 +1,21 @@
 """The second kernel of backward: keys and values of every scale, and the keys' gain, without atomics.
 
-One program per tile of keys of one scale and KV group. It goes over the query heads of the group and the rows that can
-see the tile, adds up dV = P' dO and dK' = dS' q', and takes the latter back through rotation, gain and normalisation.
-By the two facts of slots.py, rows that see slots s0 ... s1-1 of a scale lie in
+One program per tile of keys of one scale and KV group, and part of the rows that can see it. It goes over the query
+heads of the group and its rows, and adds up dV = P' dO and dK' = dS' q'. By the two facts of slots.py, rows that see
+slots s0 ... s1-1 of a scale lie in
 
     s0 R ... (s1 + w) R - 2        and, as first slots never fall, before the first row whose first slot is past them
 
-of which the second bound is read off a sample of rows, so that it is at most one step of the sample too late.
+of which the second bound is read off a sample of rows, so that it is at most one step of the sample too late. A tile of
+a coarse scale is seen by many rows, R (tile + w); where that is more than one program's span, several programs share
+them, and a third kernel adds up what each found, always in the same order. dK' then goes back through rotation, gain
+and normalisation.
 """
 
 import triton
 import triton.language as tl
 
-from maha_megatron.attention.scale_attention.triton_forward import LOG2_E, turned_queries
+from maha_megatron.attention.scale_attention.triton_forward import LOG2_E
 from maha_megatron.attention.scale_attention.triton_geometry import halves, rotated
 from maha_megatron.attention.scale_attention.triton_keys import (
     at_entries,
@@ -21,9 +24,11 @@ from maha_megatron.attention.scale_attention.triton_keys import (
     locate_tile,
     normal_keys,
 )
+from maha_megatron.attention.scale_attention.triton_query_gradient import at_turned
 from maha_megatron.attention.triton_slots import (
     entries_before,
     past_of,
+    pick,
     slot_count,
     stride_of,
     visible,
@@ -32,6 +37,26 @@ from maha_megatron.attention.triton_slots import (
 )
 
 SAMPLE = tl.constexpr(256)
+
+
+@triton.jit
+def locate_part(number, rows, parts, TILE: tl.constexpr, SHAPE: tl.constexpr):
+    """Of the number of a program: scale, tile, part, and the tile's number over all scales.
+
+    `parts`: how many programs share a tile of each scale. The coarsest scale comes first: what takes longest should
+    begin first.
+    """
+    PASTS: tl.constexpr = SHAPE.past_slots
+    scale, tile, part, line, tiles_before = 0, 0, 0, 0, 0
+    for i in tl.static_range(len(PASTS) - 1, -1, -1):
+        tiles = tl.cdiv(PASTS[i] + slot_count(rows, SHAPE.ratio, i), TILE)
+        count = tiles * parts[i]
+        inside, at = (number >= 0) & (number < count), number // parts[i]
+        scale, tile = tl.where(inside, i, scale), tl.where(inside, at, tile)
+        part, line = tl.where(inside, number % parts[i], part), tl.where(inside, tiles_before + at, line)
+        number -= count
+        tiles_before += tiles
+    return scale, tile, part, line
 
 
 @triton.jit
@@ -51,12 +76,12 @@ def seeing_rows(slot, end, places, scale, SHAPE: tl.constexpr):
 
 @triton.jit
 def rows_at(at, places, scale, SHAPE: tl.constexpr, ROWS: tl.constexpr):
-    """Of the rows from `at` on: row, whether it exists, place in its document, and the slots [first, end) it sees."""
+    """Of the rows from `at` on: row, whether it exists, and the slots [first, end) it sees."""
     row = at + tl.arange(0, ROWS)
     real = row < places.rows
     document = tl.load(places.document_start + row, mask=real, other=0).to(tl.int32)
     see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
-    return row, real, row - document, see_from, tl.where(real, see_to, see_from)
+    return row, real, see_from, tl.where(real, see_to, see_from)
 
 
 @triton.jit
@@ -77,26 +102,34 @@ def load_key_tile(keys, entry, group, places, scale, inside, SHAPE: tl.constexpr
 
 @triton.jit
 def store_key_gradients(
-    accumulator, raw_keys, gain, grad_keys, parts, places, entry, group, scale, inside, SHAPE: tl.constexpr
+    grad_key, grad_value, line, raw_keys, gain, made, places, entry, group, scale, inside, SHAPE: tl.constexpr
 ):
-    """dK' back through rotation, gain and normalisation; and the tile's part of the gain's gradient."""
+    """Gradients of a whole tile: dV, dK' back through rotation, gain and normalisation, and the gain's part."""
     HALF: tl.constexpr = SHAPE.half
-    channel = tl.arange(0, HALF)
+    channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    stored = made.grad_keys.tensors[0].dtype.element_ty
+    tl.store(at_entries(made.grad_values, entry, group, scale, channels), grad_value.to(stored), mask=inside)
     cosine, sine = key_angles(entry - past_of(scale, SHAPE), places, scale, SHAPE)
-    first, second = halves(accumulator)
+    first, second = halves(grad_key)
     first, second = rotated(first, second, cosine, -sine)
     first, second = first * (2 * HALF) ** -0.5, second * (2 * HALF) ** -0.5
     normal_first, normal_second, norm = normal_keys(raw_keys, entry, group, scale, inside, SHAPE)
-    part = parts + (tl.program_id(0) * tl.num_programs(1) + group) * 2 * HALF + channel
+    part = made.gain_parts + (line * tl.num_programs(1) + group) * 2 * HALF + channel
     tl.store(part, tl.sum(first * normal_first, 0))
     tl.store(part + HALF, tl.sum(second * normal_second, 0))
     gain_first, gain_second = key_gains(gain, group, HALF)
     first, second = first * gain_first, second * gain_second
     along = (tl.sum(first * normal_first, 1) + tl.sum(second * normal_second, 1))[:, None] / (2 * HALF)
-    stored = grad_keys.tensors[0].dtype.element_ty
-    to = at_entries(grad_keys, entry, group, scale, channel)
+    to = at_entries(made.grad_keys, entry, group, scale, channel)
     tl.store(to, ((first - normal_first * along) * norm).to(stored), mask=inside)
     tl.store(to + HALF, ((second - normal_second * along) * norm).to(stored), mask=inside)
+
+
+@triton.jit
+def at_sums(sums, program, group, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers [keys, d] to dK' of a program in [programs, g, 2, keys, d]; dV lies KEYS * WIDTH behind."""
+    before = (program * tl.num_programs(1) + group).to(tl.int64) * (2 * KEYS * WIDTH)
+    return sums + before + tl.arange(0, KEYS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -106,11 +139,10 @@ def key_gradient_kernel(
     raw_keys,
     key_gain,
     places,
-    grad_out,
-    made,  # by query_gradient_kernel
-    grad_keys,
-    grad_values,
-    gain_parts,  # [tiles, g, d]
+    grad_out,  # Rows
+    found,  # by query_gradient_kernel
+    made,
+    parts,  # of every scale, how many programs share a tile
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -119,36 +151,64 @@ def key_gradient_kernel(
     SCALES: tl.constexpr = len(SHAPE.windows)
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     unit: tl.constexpr = LOG2_E / (2 * HALF) ** 0.5
-    scale, tile = locate_tile(tl.program_id(0), places.rows, KEYS, SHAPE)
+    scale, tile, part, line = locate_part(tl.program_id(0), places.rows, parts, KEYS, SHAPE)
     group, past = tl.program_id(1), past_of(scale, SHAPE)
     entries = past + slot_count(places.rows, SHAPE.ratio, scale)
     entry = tile * KEYS + tl.arange(0, KEYS)
     inside, slot = (entry < entries)[:, None], entry - past
     begin, stop = seeing_rows(tile * KEYS - past, tl.minimum(tile * KEYS + KEYS, entries) - past, places, scale, SHAPE)
+    shared_by = pick(parts, scale)
+    span = tl.cdiv(tl.cdiv(stop - begin, shared_by), ROWS) * ROWS
+    begin = begin + part * span
+    stop = tl.minimum(begin + span, stop)
     key_tile, value_tile = load_key_tile(keys, entry, group, places, scale, inside, SHAPE)
-    channel, channels = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    channels = tl.arange(0, 2 * HALF)
     grad_value = tl.zeros([KEYS, 2 * HALF], tl.float32)
     grad_key = tl.zeros([KEYS, 2 * HALF], tl.float32)
     for head in tl.range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
-        gain_first, gain_second = key_gains(queries.gain, head, HALF)
         for at in tl.range(begin, stop, ROWS):
-            row, real, place, see_from, see_to = rows_at(at, places, scale, SHAPE, ROWS)
-            first = load_rows(queries.raw, row, head, real, channel).to(tl.float32) * gain_first
-            second = load_rows(queries.raw, row, head, real, channel + HALF).to(tl.float32) * gain_second
-            norm = tl.load(made.norms + head * places.rows + row, mask=real, other=0.0)
-            query = turned_queries(first, second, place, places, scale, operand, SHAPE)
+            row, real, see_from, see_to = rows_at(at, places, scale, SHAPE, ROWS)
+            query_at = at_turned(found.turned, head, scale, places, row, channels, SHAPE)
+            query = tl.load(query_at, mask=real[:, None], other=0.0)
             logits = tl.dot(key_tile, query.T, input_precision=SHAPE.precision)
-            at_offset = made.offsets + (head * SCALES + scale) * places.rows + row
+            norm = tl.load(found.norms + head * places.rows + row, mask=real, other=0.0)
+            at_offset = found.offsets + (head * SCALES + scale) * places.rows + row
             offset = tl.load(at_offset, mask=real, other=0.0)
             seen = within(slot[:, None], see_from[None, :], (see_to - see_from)[None, :])
             weight = tl.exp2(tl.where(seen, logits * (norm * unit)[None, :] + offset[None, :], float("-inf")))
             grad = load_rows(grad_out, row, head, real, channels)
             grad_value = tl.dot(weight.to(operand), grad, grad_value, input_precision=SHAPE.precision)
             grad_weight = tl.dot(value_tile, grad.T, input_precision=SHAPE.precision)
-            delta = tl.load(made.delta + head * places.rows + row, mask=real, other=0.0)
+            delta = tl.load(found.delta + head * places.rows + row, mask=real, other=0.0)
             grad_logits = weight * (grad_weight - delta[None, :]) * norm[None, :]
             grad_key = tl.dot(grad_logits.to(operand), query, grad_key, input_precision=SHAPE.precision)
-    to = at_entries(grad_values, entry, group, scale, channels)
-    tl.store(to, grad_value.to(grad_values.tensors[0].dtype.element_ty), mask=inside)
-    where = (places, entry, group, scale, inside)
-    store_key_gradients(grad_key, raw_keys, key_gain, grad_keys, gain_parts, *where, SHAPE)
+    if shared_by > 1:
+        sums_at = at_sums(made.sums, tl.program_id(0), group, KEYS, 2 * HALF)
+        tl.store(sums_at, grad_key)
+        tl.store(sums_at + KEYS * 2 * HALF, grad_value)
+    else:
+        where = (places, entry, group, scale, inside)
+        store_key_gradients(grad_key, grad_value, line, raw_keys, key_gain, made, *where, SHAPE)
+
+
+@triton.jit
+def add_parts_kernel(raw_keys, key_gain, places, made, parts, SHAPE: tl.constexpr, KEYS: tl.constexpr):
+    """Gradients of the tiles that several programs shared."""
+    scale, tile = locate_tile(tl.program_id(0), places.rows, KEYS, SHAPE)
+    shared_by = pick(parts, scale)
+    if shared_by > 1:
+        group, past, first = tl.program_id(1), past_of(scale, SHAPE), 0
+        entry = tile * KEYS + tl.arange(0, KEYS)
+        inside = (entry < past + slot_count(places.rows, SHAPE.ratio, scale))[:, None]
+        PASTS: tl.constexpr = SHAPE.past_slots
+        for i in tl.static_range(len(PASTS) - 1, -1, -1):  # programs of coarser scales, and of this one's earlier tiles
+            tiles = tl.cdiv(PASTS[i] + slot_count(places.rows, SHAPE.ratio, i), KEYS)
+            first += tl.where(i > scale, tiles, tl.where(i == scale, tile, 0)) * parts[i]
+        grad_value = tl.zeros([KEYS, 2 * SHAPE.half], tl.float32)
+        grad_key = tl.zeros([KEYS, 2 * SHAPE.half], tl.float32)
+        for program in tl.range(first, first + shared_by):
+            sums_at = at_sums(made.sums, program, group, KEYS, 2 * SHAPE.half)
+            grad_key += tl.load(sums_at)
+            grad_value += tl.load(sums_at + KEYS * 2 * SHAPE.half)
+        where = (places, entry, group, scale, inside)
+        store_key_gradients(grad_key, grad_value, tl.program_id(0), raw_keys, key_gain, made, *where, SHAPE)

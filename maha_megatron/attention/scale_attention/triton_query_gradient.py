@@ -4,7 +4,8 @@ With P = exp(s + c_l - LSE) rebuilt from what forward kept, delta = <dO, out> an
 
     dS_l = P (dO V' - delta)        dc_l = sum_j dS_lj        dq'_l = dS_l K'_l        dq = sum_l Rot_l' dq'_l
 
-One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's.
+One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's. Turned
+queries, which every tile of keys in sight needs again, are written for the second kernel.
 """
 
 import triton
@@ -12,7 +13,6 @@ import triton.language as tl
 
 from maha_megatron.attention.scale_attention.triton_forward import (
     LOG2_E,
-    at_dense_lines,
     at_lines,
     gained_queries,
     query_norms,
@@ -30,10 +30,9 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     of_heads,
     rotated,
     turns,
+    turns_on,
 )
 from maha_megatron.attention.triton_slots import visible, window_of, within
-
-COLUMNS = tl.constexpr(8)  # the most scales
 
 
 @triton.jit
@@ -50,24 +49,9 @@ def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.cons
 
 
 @triton.jit
-def column(table, index):
-    """Column `index` of [lines, COLUMNS]."""
-    return tl.sum(tl.where((tl.arange(0, COLUMNS) == index)[None, :], table, 0.0), 1)
-
-
-@triton.jit
-def with_column(table, index, x):
-    """The table with `x` as its column `index`."""
-    return tl.where((tl.arange(0, COLUMNS) == index)[None, :], x[:, None], table)
-
-
-@triton.jit
 def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
     """The accumulator, turned from the angles of the scale before to those of this one; at scale 0 from none."""
-    channel = tl.arange(0, SHAPE.half)
-    turn = turns(place, places.frequency, scale, channel, SHAPE.half, SHAPE.fast)
-    before = tl.where(scale > 0, place, 0)
-    turn -= turns(before, places.frequency, tl.maximum(scale - 1, 0), channel, SHAPE.half, SHAPE.fast)
+    turn = turns_on(place, places.frequency, scale, tl.arange(0, SHAPE.half), SHAPE.half, SHAPE.fast)
     cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = halves(accumulator)
     first, second = rotated(first, second, cosine, sine)
@@ -75,10 +59,22 @@ def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_utility_biases(table, made, n, SCALES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
-    for scale in tl.range(0, SCALES):
-        line = (tl.program_id(0) * SCALES + scale) * n + tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        tl.store(made.beta_parts + line, tl.sum(tl.reshape(column(table, scale), [HEADS, ROWS]), 1))
+def at_turned(turned, head, scale, places, row, channel, SHAPE: tl.constexpr):
+    """Pointers [rows, channels] into [n, L, t, d]."""
+    WIDTH: tl.constexpr = 2 * SHAPE.half
+    line = (head * len(SHAPE.windows) + scale).to(tl.int64) * places.rows + row
+    return turned + line[:, None] * WIDTH + channel[None, :]
+
+
+@triton.jit
+def utility_gradient(made, total, head, scale, places, row, SHAPE: tl.constexpr):
+    """Gradient of a scale's utility of every line.
+
+    A change of all utilities alike changes nothing: what rounding left in that direction is taken out.
+    """
+    at, inside = (head * len(SHAPE.windows) + scale) * places.rows + row, row < places.rows
+    gradient = tl.load(made.utility_gradients + at, mask=inside, other=0.0)
+    return gradient - tl.load(made.shares + at, mask=inside, other=0.0) * total
 
 
 @triton.jit
@@ -86,7 +82,7 @@ def through_gain(
     grad,
     half,
     norm,
-    table,
+    total,
     queries,
     places,
     made,
@@ -107,7 +103,7 @@ def through_gain(
     normal, tile = raw * norm[:, None], tl.program_id(0)
     if SHAPE.utilities:
         for scale in tl.range(0, SCALES):
-            grad_utility = column(table, scale)[:, None]
+            grad_utility = utility_gradient(made, total, head, scale, places, row, SHAPE)[:, None]
             rho_at = queries.rho + scale * queries.n * 2 * SHAPE.half
             grad += grad_utility * of_heads(rho_at, head, at, 2 * SHAPE.half, HEADS)
             part = sum_lines(grad_utility * normal, ROWS, HEADS)
@@ -121,7 +117,7 @@ def through_gain(
 def store_query_gradients(
     accumulator,
     norm,
-    table,
+    total,
     document,
     queries,
     places,
@@ -142,11 +138,11 @@ def store_query_gradients(
     first, second = rotated(first, second, cosine, -sine)
     scaling: tl.constexpr = (2 * HALF) ** -0.5
     lines = (queries, places, made, start, row, head)
-    first, normal_first = through_gain(first * scaling, 0, norm, table, *lines, SHAPE, ROWS, HEADS)
-    second, normal_second = through_gain(second * scaling, 1, norm, table, *lines, SHAPE, ROWS, HEADS)
+    first, normal_first = through_gain(first * scaling, 0, norm, total, *lines, SHAPE, ROWS, HEADS)
+    second, normal_second = through_gain(second * scaling, 1, norm, total, *lines, SHAPE, ROWS, HEADS)
     along = (tl.sum(first * normal_first, 1) + tl.sum(second * normal_second, 1))[:, None] / (2 * HALF)
-    to = at_dense_lines(made.grad_q, start, row, head, queries.n, channel, 2 * HALF)
-    stored = made.grad_q.dtype.element_ty
+    to = at_lines(made.grad_q, start, row, head, channel)
+    stored = made.grad_q.tensor.dtype.element_ty
     tl.store(to, ((first - normal_first * along) * norm[:, None]).to(stored), mask=inside)
     tl.store(to + HALF, ((second - normal_second * along) * norm[:, None]).to(stored), mask=inside)
 
@@ -156,7 +152,7 @@ def load_outputs(out, lse, grad_out, queries, places, made, start, row, head, SH
     """Of every line: dO, delta, log-sum-exp and what normalises q; delta and the latter are stored too."""
     channels, inside = tl.arange(0, 2 * SHAPE.half), row < places.rows
     grad = tl.load(at_lines(grad_out, start, row, head, channels), mask=inside[:, None], other=0.0)
-    out_at = at_dense_lines(out, start, row, head, queries.n, channels, 2 * SHAPE.half)
+    out_at = at_lines(out, start, row, head, channels)
     product = grad.to(tl.float32) * tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
     delta, norm = tl.sum(product, 1), query_norms(queries, start, row, head, inside, SHAPE)
     tl.store(made.delta + head * places.rows + row, delta, mask=inside)
@@ -169,9 +165,9 @@ def query_gradient_kernel(
     queries,
     keys,
     places,
-    out,
+    out,  # Rows
     lse,
-    grad_out,
+    grad_out,  # Rows
     made,
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -183,12 +179,11 @@ def query_gradient_kernel(
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
-    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
+    key, channel, channels = tl.arange(0, KEYS), tl.arange(0, HALF), tl.arange(0, 2 * HALF)
     lines = (queries, places, made, start, row, head)
     grad, delta, own_lse, norm = load_outputs(out, lse, grad_out, *lines, SHAPE)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
-    table = tl.zeros([HEADS * ROWS, COLUMNS], tl.float32)  # gradient of every scale's utility, and its weight
-    weights = tl.zeros([HEADS * ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, SCALES):
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
@@ -198,7 +193,11 @@ def query_gradient_kernel(
         if SHAPE.utilities:
             offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
         tl.store(made.offsets + (head * SCALES + scale) * places.rows + row, offset, mask=inside)
-        query = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        turned_at = at_turned(made.turned, head, scale, places, row, channel, SHAPE)
+        tl.store(turned_at, turned_first, mask=inside[:, None])
+        tl.store(turned_at + HALF, turned_second, mask=inside[:, None])
+        query = joined(turned_first, turned_second)
         grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
         value_offset = key[:, None] * value_stride + channels[None, :]
@@ -218,9 +217,10 @@ def query_gradient_kernel(
                 share += tl.sum(weight, 1)
             grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=SHAPE.precision)
         if SHAPE.utilities:
-            table, weights = with_column(table, scale, grad_utility), with_column(weights, scale, share)
+            summed_at = (head * SCALES + scale) * places.rows + row
+            tl.store(made.utility_gradients + summed_at, grad_utility, mask=inside)
+            tl.store(made.shares + summed_at, share, mask=inside)
+            total += grad_utility
     if SHAPE.utilities:
-        # a change of all utilities alike changes nothing: take out what rounding left in that direction
-        table -= weights * tl.sum(table, 1)[:, None]
-        store_utility_biases(table, made, queries.n, SCALES, ROWS, HEADS)
-    store_query_gradients(grad_query, norm, table, document, *lines, SHAPE, ROWS, HEADS)
+        tl.debug_barrier()  # what is read now was written above, perhaps by other threads
+    store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)

@@ -30,12 +30,19 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows."""
+    """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
+
+    Args:
+        span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
+        programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
+    """
 
     keys: Tiles = Tiles()
     forward: Tiles = Tiles()
     query_gradient: Tiles = Tiles()
     key_gradient: Tiles = Tiles()
+    span: int = 4096
+    programs: int = 1024
 
 
 def numbers_of(tuning: Tuning) -> list[int]:
@@ -43,18 +50,26 @@ def numbers_of(tuning: Tuning) -> list[int]:
     numbers = []
     for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
-    return numbers
+    return [*numbers, tuning.span, tuning.programs]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
+    *of_tiles, span, programs = numbers
     kernels = []
-    for at in range(0, len(numbers), 6):
-        rows, keys, heads, warps, stages, registers = numbers[at : at + 6]
+    for at in range(0, len(of_tiles), 6):
+        rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
         kernels.append(
             Tiles(rows=rows, keys=keys, heads=heads, warps=warps, stages=stages, registers=registers or None)
         )
     of_keys, forward, query_gradient, key_gradient = kernels
-    return Tuning(keys=of_keys, forward=forward, query_gradient=query_gradient, key_gradient=key_gradient)
+    return Tuning(
+        keys=of_keys,
+        forward=forward,
+        query_gradient=query_gradient,
+        key_gradient=key_gradient,
+        span=span,
+        programs=programs,
+    )
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)

@@ -32,7 +32,8 @@ def spec(ratio=4, windows=(24, 9, 6), **options) -> MahaSpec:
 def tuning(heads: int) -> Tuning:
     """Tiles whose sizes differ, so that none is taken for another."""
     rows = {1: Tiles(rows=32, keys=16), 2: Tiles(rows=16, keys=16, heads=2)}[heads]
-    return Tuning(keys=Tiles(keys=32), forward=rows, query_gradient=rows, key_gradient=Tiles(rows=32, keys=16))
+    tiles = {"keys": Tiles(keys=32), "forward": rows, "query_gradient": rows, "key_gradient": Tiles(rows=32, keys=16)}
+    return Tuning(**tiles, span=40, programs=1)  # several programs share a tile of keys; KV groups one after the other
 
 
 def kernels(heads: int):
