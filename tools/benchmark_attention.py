@@ -3,12 +3,21 @@
 
     python tools/benchmark_attention.py --device cpu
     python tools/benchmark_attention.py --device cpu --dtype fp32 --lengths 4096 8192 --aggregation nash --coupling gram
+    python tools/benchmark_attention.py --device cuda --preset
+    python tools/benchmark_attention.py --device cuda --lengths 4096 --kv-groups 8 --flex
 
 Forward and backward, from raw q, k, v to every gradient; MAHA with its pyramid, normalisation, rotation and
 aggregation, dense attention bare. Medians after a warm-up, in turns. First a gate: where the backend does not agree
 with the naive form, no figure is printed. Results go to tools/results/ as Markdown and JSON, every time included.
-The goals are those of 8 heads x 64, the default operator without convolution, on a CPU: in that setting, and for the
-lengths that were measured, each is printed as met or missed.
+
+On a CPU, one document a call, in processes of their own. The goals are those of 8 heads x 64, the default operator
+without convolution: in that setting, and for the lengths that were measured, each is printed as met or missed.
+
+On a GPU, calls of 32 k rows (longer documents: one a call), events of the device with the cache flushed before every
+pass, random numbers: MAHA beside cuDNN and FlashAttention 2, each forced, and sliding windows that load as many keys.
+--preset runs the cases kv16, kv8, d64, packed and general, or those that are named (maha_megatron/attention/benchmark/
+cases.py); without it, the options say the case. Memory, rates, loaded keys and the floor are in the tables; a plot is
+beside them. The goals are those of kv16 and general in bf16. Kernels are compiled ahead by --processes.
 
 exit codes:
   0   measured; every goal that applies is met
@@ -28,14 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 
 import torch
 
-from maha_megatron.attention.benchmark import figures, gate, measure
+from maha_megatron.attention.benchmark import cases, figures, gate, kernel_figures, measure
+from maha_megatron.attention.benchmark.ahead import check_and_compile
+from maha_megatron.attention.benchmark.measure_kernels import measured as measured_kernels
 from maha_megatron.attention.benchmark.subjects import DENSE, DTYPES, OURS, SUBJECTS, WINDOW, Setting
+from maha_megatron.attention.benchmark.turns import CudaClock
 from maha_megatron.attention.dispatch import BACKEND_NAMES
 from maha_megatron.attention.spec import CHOICES, MahaSpec
 from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.rules import check_config
 from maha_megatron.errors import ConfigError, MahaError
 from maha_megatron.scales import RATIOS
+from maha_megatron.train import kernel_report
 from maha_megatron.train.result_files import markdown_table, write_result
 from maha_megatron.units import format_bytes
 
@@ -52,22 +65,40 @@ OPTION_OF = {
 }
 
 
+# what an option is where it is not given
+DEFAULTS = {
+    "cpu": {
+        "lengths": [2**power for power in range(10, 17)], "dtype": ["fp32", "bf16"], "heads": 8, "width": 64,
+        "backend": "eager", "repeats": 7, "seconds": 20.0, "dense_limit": 16384, "threads": 0,
+    },
+    "cuda": {
+        "lengths": list(cases.LENGTHS), "dtype": ["bf16"], "heads": 16, "width": 128,
+        "backend": "triton", "repeats": 20, "seconds": 0.5, "processes": min((os.cpu_count() or 2) // 2, 8),
+    },
+}  # fmt: skip
+OF_ONE_DEVICE = {"cpu": ("dense_limit", "threads"), "cuda": ("preset", "flex", "processes")}
+# what a preset says itself; its lengths, dtypes and backend may be others
+SAID_BY_PRESETS = (
+    "heads", "kv_groups", "width", "ratio", "windows", "downsampling", "key_map", "queries", "aggregation",
+    "regularizer", "coupling", "no_lse", "convolution",
+)  # fmt: skip
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="benchmark_attention.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--device", choices=tuple(measure.METERS), default="cpu", help="(default %(default)s)")
-    lengths = [2**power for power in range(10, 17)]
-    add(
-        "--lengths", type=int, nargs="+", default=lengths, metavar="ROWS", help="of one document (default: 1 k to 64 k)"
-    )
-    add("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="(default: both)")
-    add("--dense-limit", type=int, default=16384, help="longest length of dense attention (%(default)s)")
-    add("--heads", type=int, default=8, help="query heads (%(default)s)")
+    add("--device", choices=tuple(DEFAULTS), default="cpu", help="(default %(default)s)")
+    add("--preset", nargs="*", choices=cases.CASES, help="GPU: cases to measure; without names all of them")
+    add("--lengths", type=int, nargs="+", metavar="ROWS", help="of a document (default: powers of 2 from 1 k, to 64 k "
+        "on a CPU and 128 k on a GPU; for general 4 k and 32 k)")  # fmt: skip
+    add("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="(default: fp32 and bf16; GPU: bf16)")
+    add("--dense-limit", type=int, help="CPU: longest length of dense attention (default 16384)")
+    add("--heads", type=int, help="query heads (default 8; GPU: 16)")
     add("--kv-groups", type=int, help="default: as many as heads")
-    add("--width", type=int, default=64, help="of a head (%(default)s)")
+    add("--width", type=int, help="of a head (default 64; GPU: 128)")
     add("--ratio", type=int, choices=RATIOS, default=4, help="(%(default)s)")
     add("--windows", type=int, nargs="+", default=[], help="default: those of each length")
     add("--downsampling", choices=CHOICES["downsampling"], default="gated", help="(%(default)s)")
@@ -78,17 +109,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--coupling", choices=CHOICES["coupling"], default="none", help="(%(default)s)")
     add("--no-lse", action="store_true", help="utilities without the log-sum-exp")
     add("--convolution", action="store_true", help="with the convolution, on every side")
-    add("--backend", choices=BACKEND_NAMES, default="eager", help="(%(default)s)")
-    add("--threads", type=int, default=0, help="of torch; default: torch's own choice")
-    add("--repeats", type=int, default=7, help="timed passes of each (%(default)s)")
-    add("--seconds", type=float, default=20.0, help="no new pass of a length begins after these (%(default)s)")
+    add("--flex", action="store_true", help="GPU: FlexAttention beside the others; torch.compile takes its time")
+    add("--backend", choices=BACKEND_NAMES, help="(default eager; GPU: triton)")
+    add("--threads", type=int, help="CPU: of torch; default: torch's own choice")
+    add("--processes", type=int, help="GPU: that compile kernels ahead (default: half the cores, at most 8; 0: none)")
+    add("--repeats", type=int, help="timed passes of each (default 7; GPU: 20)")
+    add("--seconds", type=float, help="no new pass of a length begins after these (default 20; GPU: 0.5)")
     add("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
     options = parser.parse_args(arguments)
+    _refuse_what_is_not_read(parser, options)
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None and not (name == "lengths" and options.preset is not None):
+            setattr(options, name, value)
     if options.repeats < 3:
         parser.error("needs --repeats >= 3")
     if options.kv_groups is None:
         options.kv_groups = options.heads
     return options
+
+
+def _refuse_what_is_not_read(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error at an option that would have no effect."""
+    for device, names in OF_ONE_DEVICE.items():
+        for name in names:
+            if device != options.device and getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no effect with --device {options.device}; remove it")
+    given = [name for name in SAID_BY_PRESETS if getattr(options, name) != parser.get_default(name)]
+    if options.preset is not None and given:
+        parser.error(f"--preset says --{given[0].replace('_', '-')} itself; remove one of the two")
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -137,12 +185,13 @@ def setting_of(options: argparse.Namespace) -> Setting:
         windows=tuple(options.windows),
         backend=options.backend,
         device=options.device,
-        threads=options.threads,
+        threads=options.threads or 0,
+        call_rows=cases.CALL_ROWS if options.device == "cuda" else 0,
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Gate, measure, print, write."""
+    """Gate, measure, print, write, on a CPU."""
     check_options(options)
     setting = setting_of(options)
     load = os.getloadavg()[0]
@@ -214,6 +263,51 @@ def report(setting: Setting, rows: Sequence[figures.Row], goals: Sequence[figure
     return "\n\n".join(parts)
 
 
+def cases_of(options: argparse.Namespace) -> list[cases.Case]:
+    """What is measured on a GPU."""
+    if options.preset is None:
+        check_options(options)
+        return [cases.case_of(setting_of(options), "options", options.lengths, options.flex)]
+    names = options.preset or cases.CASES
+    return [cases.preset_case(name, options.lengths or (), options.backend, options.flex) for name in names]
+
+
+def run_kernels(options: argparse.Namespace) -> int:
+    """Gate, compile, measure, print, write, on a GPU."""
+    clock, wanted = CudaClock(), cases_of(options)
+    verdicts = check_and_compile(wanted, options.dtype, options.processes)
+    for words, verdict in verdicts.items():
+        _say(f"{options.backend} against naive, {words}: {'equal' if verdict.green else 'WRONG'} ({verdict})")
+    wrong = {words: verdict for words, verdict in verdicts.items() if not verdict.green}
+    for words, verdict in wrong.items():
+        print(f"error: {options.backend} is wrong, so no speed is shown: {words}: {verdict}", file=sys.stderr)
+    if wrong:
+        return EXIT_RED_GATE
+    card, rows, raw = clock.card(), [], []
+    for case in wanted:
+        for dtype in options.dtype:
+            for length in case.lengths:
+                row, times = measured_kernels(
+                    case, length, dtype, clock, card, turns=options.repeats, limit_s=options.seconds
+                )
+                rows.append(row)
+                raw.append(dataclasses.asdict(row) | {"times": times})
+                parts = [f"{name} {1e3 * taken[kernel_figures.BOTH]:.2f} ms" for name, taken in row.median_s.items()]
+                _say(f"{case.name} {dtype} {length:6} tokens: {', '.join(parts)}")
+    goals = kernel_figures.goals(rows)
+    text = kernel_report.report(rows, goals, card)
+    found = {
+        "card": dataclasses.asdict(card),
+        "gate": {words: dataclasses.asdict(verdict) for words, verdict in verdicts.items()},
+        "rows": raw,
+        "goals": [dataclasses.asdict(goal) for goal in goals],
+    }
+    plot = kernel_report.plot(rows)
+    paths = write_result(options.results, "benchmark_attention", text=text, data=found, plot=plot)
+    print(text, "", *paths, sep="\n")
+    return 0 if all(goal.met for goal in goals) else EXIT_MISSED_GOAL
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -222,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments(arguments)
     try:
-        return run(options)
+        return run_kernels(options) if options.device == "cuda" else run(options)
     except MahaError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -233,6 +233,11 @@ class Train:
         choices=("none", "selective", "full"),
         help="Activations recomputed in backward: none, attention only, whole layers.",
     )
+    compile: bool = leaf(
+        False,
+        owner="train",
+        help="Fuse the memory-bound pieces of SwiGLU and loss with torch.compile; the first step waits for it.",
+    )
     deterministic: bool = leaf(False, owner="train", help="Bitwise reproducible kernels only; slower on a GPU.")
     validation_interval_steps: int = leaf(
         100, owner="train", help="Validate every so many steps and at the end; 0: only at the end.", minimum=0

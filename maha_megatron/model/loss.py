@@ -5,6 +5,7 @@ tensor-parallel group, and (in training) at once the gradients of the hidden row
 time is one chunk of fp32 logits, never [t, v] of them; nothing is kept for backward but the two gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,66 @@ from megatron.core.tensor_parallel import (
 from torch import nn
 
 from maha_megatron.parallel import groups
+
+
+@dataclass(frozen=True)
+class VocabularyRows:
+    """Token ids first .. end - 1 are this rank's; further rows of its weight are padding (end may lie below first)."""
+
+    first: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return max(self.end - self.first, 0)
+
+
+@dataclass(frozen=True)
+class LossPieces:
+    """What is done to a chunk of logits between its products and reductions over ranks.
+
+    compiled.py puts fused forms here.
+    """
+
+    peaks: Callable
+    exponentials: Callable
+    probabilities: Callable
+
+
+def row_peaks(logits_tv: torch.Tensor, count: int) -> torch.Tensor:
+    """The largest of the first `count` logits of every row, at least fp32 [t]; -inf where count is 0."""
+    return _precise(logits_tv, count).amax(dim=1)
+
+
+def row_exponentials(
+    logits_tv: torch.Tensor, peak_t: torch.Tensor, local_label_t: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(logit - peak) [t, v], its sum over the row [t], and the label's logit - peak [t], at least fp32.
+
+    Logits that are fp32 already are overwritten. `local_label_t` int64 [t], within 0 .. v - 1.
+    """
+    shifted_tv = _precise(logits_tv, count).sub_(peak_t[:, None])
+    target_t = shifted_tv.gather(1, local_label_t[:, None])[:, 0]
+    exponential_tv = shifted_tv.exp_()
+    return exponential_tv, exponential_tv.sum(dim=1), target_t
+
+
+def row_probabilities(
+    exponential_tv: torch.Tensor, sum_t: torch.Tensor, loss_mask_t: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """exp / sum, 0 in masked rows, in `dtype` [t, v]."""
+    return (exponential_tv * (loss_mask_t / sum_t)[:, None]).to(dtype)
+
+
+def _precise(logits_tv: torch.Tensor, count: int) -> torch.Tensor:
+    """At least fp32, -inf from column `count` on: padding rows of the vocabulary."""
+    logits_tv = logits_tv.to(torch.promote_types(logits_tv.dtype, torch.float32))
+    if count < logits_tv.shape[1]:
+        logits_tv[:, count:] = float("-inf")
+    return logits_tv
+
+
+PLAIN_PIECES = LossPieces(peaks=row_peaks, exponentials=row_exponentials, probabilities=row_probabilities)
 
 
 class OutputLayer(nn.Module):
@@ -44,6 +105,7 @@ class OutputLayer(nn.Module):
         self.vocabulary = vocabulary
         self.chunk_tokens = chunk_tokens
         self.sequence_parallel = config.sequence_parallel
+        self.pieces = PLAIN_PIECES
 
     def forward(
         self, hidden: torch.Tensor, labels_t: torch.Tensor | None = None, loss_mask_t: torch.Tensor | None = None
@@ -73,24 +135,15 @@ class OutputLayer(nn.Module):
             first=groups.tensor_rank() * self.local_rows,
             end=min((groups.tensor_rank() + 1) * self.local_rows, self.vocabulary),
         )
-        return LossSum.apply(
-            hidden_th, self.weight, labels_t, loss_mask_t, rows, self.chunk_tokens, torch.is_grad_enabled()
-        )
-
-
-@dataclass(frozen=True)
-class VocabularyRows:
-    """Token ids first .. end - 1 are this rank's; further rows of its weight are padding (end may lie below first)."""
-
-    first: int
-    end: int
+        options = (rows, self.chunk_tokens, self.pieces, torch.is_grad_enabled())
+        return LossSum.apply(hidden_th, self.weight, labels_t, loss_mask_t, *options)
 
 
 class LossSum(torch.autograd.Function):
     """Summed cross-entropy of hidden rows against vocabulary-parallel output rows; see the module's docstring."""
 
     @staticmethod
-    def forward(ctx, hidden_th, weight_vh, labels_t, loss_mask_t, rows, chunk_tokens, with_gradients):
+    def forward(ctx, hidden_th, weight_vh, labels_t, loss_mask_t, rows, chunk_tokens, pieces, with_gradients):
         precise = torch.promote_types(weight_vh.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden_th.device)
         if with_gradients:
@@ -99,7 +152,7 @@ class LossSum(torch.autograd.Function):
         for start in range(0, hidden_th.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             chunk_loss, logits_gradient = _chunk_loss(
-                hidden_th[chunk], weight_vh, labels_t[chunk], loss_mask_t[chunk], rows, with_gradients
+                hidden_th[chunk], weight_vh, labels_t[chunk], loss_mask_t[chunk], rows, pieces, with_gradients
             )
             total += chunk_loss
             if with_gradients:
@@ -116,7 +169,7 @@ class LossSum(torch.autograd.Function):
         # in place: a second backward through the same graph is refused by autograd's version check
         hidden_gradient_th.mul_(loss_gradient)
         weight_gradient_vh.mul_(loss_gradient)
-        return hidden_gradient_th, weight_gradient_vh.to(ctx.weight_dtype), None, None, None, None, None
+        return hidden_gradient_th, weight_gradient_vh.to(ctx.weight_dtype), *[None] * 6
 
 
 def _chunk_loss(
@@ -125,29 +178,27 @@ def _chunk_loss(
     labels_t: torch.Tensor,
     loss_mask_t: torch.Tensor,
     rows: VocabularyRows,
+    pieces: LossPieces,
     with_gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Loss of one chunk of rows, and the gradient of its logits in the compute dtype (None without gradients)."""
-    logits_tv = (hidden_th @ weight_vh.t()).to(torch.promote_types(weight_vh.dtype, torch.float32))
-    logits_tv[:, max(rows.end - rows.first, 0) :] = float("-inf")
-    peak_t = _over_ranks(logits_tv.amax(dim=1), dist.ReduceOp.MAX)
-    logits_tv -= peak_t[:, None]
-
-    local_label_t = labels_t - rows.first
+    logits_tv = hidden_th @ weight_vh.t()
+    peak_t = _over_ranks(pieces.peaks(logits_tv, rows.count), dist.ReduceOp.MAX)
     mine_t = (labels_t >= rows.first) & (labels_t < rows.end)
-    each_t = torch.arange(labels_t.numel(), device=labels_t.device)
-    target = (each_t, local_label_t.clamp(0, weight_vh.shape[0] - 1))
-    target_t = torch.where(mine_t, logits_tv[target], 0.0)
-
-    exponential_tv = logits_tv.exp_()
-    sum_t, target_t = _over_ranks(torch.stack([exponential_tv.sum(dim=1), target_t]), dist.ReduceOp.SUM)
+    local_label_t = (labels_t - rows.first).clamp(0, weight_vh.shape[0] - 1)
+    exponential_tv, sum_t, target_t = pieces.exponentials(logits_tv, peak_t, local_label_t, rows.count)
+    del logits_tv
+    own_target_t = torch.where(mine_t, target_t, 0.0)
+    sum_t, target_t = _over_ranks(torch.stack([sum_t, own_target_t]), dist.ReduceOp.SUM)
     loss = torch.where(loss_mask_t, sum_t.log() - target_t, 0.0).sum()
     if not with_gradients:
         return loss, None
-    gradient_tv = exponential_tv.div_(sum_t[:, None])
-    gradient_tv[target] -= mine_t.to(gradient_tv.dtype)
-    gradient_tv *= loss_mask_t[:, None]
-    return loss, gradient_tv.to(weight_vh.dtype)
+    gradient_tv = pieces.probabilities(exponential_tv, sum_t, loss_mask_t, weight_vh.dtype)
+    # the label's own: p - 1, in one rounding
+    of_label_t = ((own_target_t.exp() / sum_t - 1) * loss_mask_t).to(gradient_tv.dtype)
+    label = local_label_t[:, None]
+    gradient_tv.scatter_(1, label, torch.where(mine_t[:, None], of_label_t[:, None], gradient_tv.gather(1, label)))
+    return loss, gradient_tv
 
 
 def _over_ranks(value: torch.Tensor, operation: dist.ReduceOp) -> torch.Tensor:

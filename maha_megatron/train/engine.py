@@ -31,6 +31,7 @@ from maha_megatron.config.schema import Config
 from maha_megatron.data.batch import MicroBatch
 from maha_megatron.errors import CheckpointError, TrainingError
 from maha_megatron.model.bounds import document_bounds
+from maha_megatron.model.compiled import compile_pieces
 from maha_megatron.model.gpt import build_gpt
 from maha_megatron.model.init import initialise_parameters
 from maha_megatron.model.names import full_shape, logical_names, merge_shards
@@ -302,6 +303,8 @@ def build_engine(config: Config, program: Callable | None = None) -> Engine:
         )
     with construction:
         model = build_gpt(config, device=device, program=program)
+    if config.train.compile:
+        compile_pieces(model, device)
     initialise_parameters(model, config, gather=_gathered_for_writing)
     sum_partial_gradients(model)
     optimizer = build_optimizer(config.optimizer, logical_names(model))

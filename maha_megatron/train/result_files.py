@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from maha_megatron.checkpoint.layout import replace_text
 from maha_megatron.train.record import versions
@@ -31,7 +32,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in ([*header], ["---"] * len(header), *cells))
 
 
-def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any]) -> tuple[Path, Path]:
+def write_result(
+    folder: Path, tool: str, *, text: str, data: Mapping[str, Any], plot: Figure | None = None
+) -> tuple[Path, ...]:
     """Write <tool>_<hardware>_<date>.md and .json; where that name is taken, with -2, -3 ... behind the date.
 
     Args:
@@ -39,9 +42,10 @@ def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any])
         tool: name of the measurement.
         text: Markdown body, tables included.
         data: raw rows and settings, JSON-serialisable.
+        plot: drawn from the data; written beside them as .png and shown at the end of the Markdown.
 
     Returns:
-        Paths of the Markdown and of the JSON file.
+        Paths of the Markdown and of the JSON file, and of the plot if there is one.
     """
     today = date.today().isoformat()
     command = shlex.join(["python", *sys.argv])
@@ -53,8 +57,14 @@ def write_result(folder: Path, tool: str, *, text: str, data: Mapping[str, Any])
     facts = [f"- {name}: {record[name]}" for name in ("date", "hardware")]
     facts.append("- versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
     facts.append(f"- again: `{command}`")
-    replace_text(text_path, "\n".join([f"# {tool}", "", *facts, "", text.strip(), ""]))
-    return text_path, json_path
+    lines = [f"# {tool}", "", *facts, "", text.strip(), ""]
+    written = [text_path, json_path]
+    if plot is not None:
+        written.append(text_path.with_suffix(".png"))
+        plot.savefig(written[-1], format="png")
+        lines += [f"![{tool}]({written[-1].name})", ""]
+    replace_text(text_path, "\n".join(lines))
+    return tuple(written)
 
 
 def _free_paths(folder: Path, name: str) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.compiler import HAS_COMPILER
 from tests.support.distributed import run_ranks
 from tests.support.training import observe, start_groups, training_config
 
@@ -35,6 +36,15 @@ TENSOR_CASES = {
     "TP 2 + SP, ZeRO 2": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 2},
     "TP 2 + SP, ZeRO 3": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 3},
 }
+if HAS_COMPILER:
+    DATA_CASES["ZeRO 3, compiled"] = {"zero__stage": 3, "train__micro_batch_samples": 2, "train__compile": True}
+    TENSOR_CASES["TP 2 + SP, ZeRO 1, compiled, recomputed"] = {
+        "parallel__tensor": 2,
+        "parallel__sequence": True,
+        "zero__stage": 1,
+        "train__compile": True,
+        "train__recompute": "full",
+    }
 # both axes at once: data rank 1 is ranks 2 and 3, which no single axis can tell from any other numbering
 MESH_CASES = {
     f"TP 2 + SP x DP 2, ZeRO {stage}": {

@@ -10,8 +10,8 @@ from maha_megatron.scales import complete_blocks, stride
 
 _SCALES_AT_OWN_RATIO = 3
 _DOCUMENT_ROWS, _TAIL_ROWS = 90, 26  # at least; and beyond two blocks of the coarsest scale, so that its window slides
-# of the largest reference value: half a unit of bf16, and some thirty of fp32, where the order of sums is what differs
-_FLOOR = {torch.bfloat16: 2**-8, torch.float32: 2**-18, torch.float64: 1e-10}
+# of the largest reference value: half a unit of bf16 and fp16, and some thirty of fp32, where the order of sums differs
+_FLOOR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-18, torch.float64: 1e-10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def _compared(setting: Setting, dtype: torch.dtype, ratio: int, scales: int) -> 
     blocks = [complete_blocks(document_rows, stride(ratio, scale)) for scale in range(scales)]
     windows = tuple(min(3 * ratio, count - 1) for count in blocks) if scales > 1 else (20,)
     small = replace(setting, windows=windows, operator=replace(setting.operator, ratio=ratio))
-    naive = replace(small, backend="naive")
+    naive = replace(small, backend="naive", device="cpu")
     found = _results(small, document_rows, dtype, dtype)
     plain = _results(naive, document_rows, dtype, dtype)
     exact = _results(naive, document_rows, torch.float64, dtype)
@@ -72,9 +72,10 @@ def _compared(setting: Setting, dtype: torch.dtype, ratio: int, scales: int) -> 
 def _results(
     setting: Setting, document_rows: int, dtype: torch.dtype, rounded_to: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Results in `dtype` of leaves that are exact in `rounded_to`; the second document is cut short."""
-    inputs = draw_inputs(setting, document_rows * 5 // 3, rounded_to, document_rows)
-    ready = maha(setting, inputs)
-    for leaf in (*inputs.leaves().values(), *ready.parameters.values(), inputs.grad_tnd):
-        leaf.data = leaf.data.to(dtype)
-    return ready.results()
+    """Results in `dtype`, on the CPU, of leaves that are exact in `rounded_to`; the second document is shorter."""
+    documents = (document_rows, document_rows * 2 // 3)
+    drawn = draw_inputs(replace(setting, device="cpu"), document_rows, rounded_to, documents)
+    ready = maha(setting, drawn.to(setting.device, dtype))
+    for name, leaf in ready.parameters.items():
+        ready.parameters[name] = leaf.detach().to(rounded_to).to(dtype).requires_grad_()
+    return {name: result.cpu() for name, result in ready.results().items()}

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maha_megatron.attention.normalise_rotate import NormaliseRotate, rotation
 from maha_megatron.attention.spec import AttentionParameters, DenseSpec
+from maha_megatron.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _CUDA_PRIORITY = (
@@ -55,7 +56,7 @@ def attend_dense(
         batch = (len(document_lengths), document_lengths[0])
         q, k, v = (x.unflatten(0, batch) for x in (q_tnd, k_tgd, v_tgd))
         return _causal(q, k, v, "all documents at once").flatten(0, 1)
-    varlen = _varlen_attention() if q_tnd.is_cuda and q_tnd.dtype.itemsize == 2 else None
+    varlen = variable_length_attention() if q_tnd.is_cuda and q_tnd.dtype.itemsize == 2 else None
     if varlen is not None:
         assert document_bounds is not None, "documents of several lengths on CUDA need document_bounds on the device"
         assert longest_document is not None, "documents of several lengths on CUDA need longest_document"
@@ -96,18 +97,27 @@ def _say_once(kernel: str) -> None:
 
 
 @functools.cache
-def _varlen_attention() -> Callable | None:
-    """Variable-length causal attention over packed rows, or None where this torch has none (said once)."""
+def variable_length_attention() -> Callable | None:
+    """Causal flash attention over packed documents, or None where this torch has none (said once).
+
+    It takes q [t, n, d], k and v [t, g, d], the documents' bounds (int32 [documents + 1], on the device), the longest
+    document's rows, and `window_keys`, how many keys a row sees at most (None: all; ConfigError where this torch's
+    kernel has no such option).
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         _log.warning("torch %s has no variable-length attention: dense layers loop over documents", torch.__version__)
         return None
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 
-    def attend(q_tnd, k_tgd, v_tgd, document_bounds, longest_document):
-        options = dict(causal)
+    def attend(q_tnd, k_tgd, v_tgd, document_bounds, longest_document, window_keys=None):
+        if window_keys is not None and "window_size" not in known:
+            raise ConfigError(
+                f"the variable-length attention of torch {torch.__version__} has no window; use torch 2.12"
+            )
+        before = -1 if window_keys is None else window_keys - 1
+        options = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
         if q_tnd.shape[1] != k_tgd.shape[1] and "enable_gqa" in known:
             options["enable_gqa"] = True
         else:

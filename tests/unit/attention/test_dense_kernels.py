@@ -59,9 +59,9 @@ def test_variable_length_attention_gets_the_callers_bounds(monkeypatch, kernel_k
         received.extend((key.shape[1], cu_seq_q, cu_seq_k, max_q, max_k, is_causal))
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", grouped if kernel_knows_groups else ungrouped)
-    monkeypatch.setattr(eager, "_varlen_attention", eager._varlen_attention.__wrapped__)
+    monkeypatch.setattr(eager, "variable_length_attention", eager.variable_length_attention.__wrapped__)
     q, kv, bounds = torch.empty(10, 4, 8), torch.empty(10, 2, 8), torch.tensor([0, 5, 8, 10], dtype=torch.int32)
-    eager._varlen_attention()(q, kv, kv, bounds, 5)
+    eager.variable_length_attention()(q, kv, kv, bounds, 5)
     heads, first, second, *rest = received
     assert first is second is bounds
     assert [heads, *rest] == ([2, 5, 5, (-1, 0), True] if kernel_knows_groups else [4, 5, 5, True])

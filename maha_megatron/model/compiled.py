@@ -1,0 +1,58 @@
+"""The memory-bound pieces between matrix products, fused by torch.compile: the SwiGLU's middle and the loss's rows.
+
+RMSNorm is not among them: torch has one kernel for it, forward and backward. The pieces hold no parameter, so that
+tensor and sequence parallelism, ZeRO and recomputation meet the modules as they are. README.md of this folder says
+what each saves.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from maha_megatron.errors import EnvironmentMismatch
+from maha_megatron.model.layer_specs import SwiGlu, gated
+from maha_megatron.model.loss import LossPieces, OutputLayer, row_exponentials, row_peaks, row_probabilities
+
+
+def compile_pieces(model: nn.Module, device: torch.device) -> None:
+    """Put fused forms into every SwiGlu and OutputLayer of the model; they are compiled at their first call.
+
+    Raises:
+        EnvironmentMismatch: torch.compile does not work on this machine.
+    """
+    check_compiler(device)
+    activate = _fused(gated)
+    pieces = LossPieces(
+        peaks=_fused(row_peaks), exponentials=_fused(row_exponentials), probabilities=_fused(row_probabilities)
+    )
+    for module in model.modules():
+        if isinstance(module, SwiGlu):
+            module.activate = activate
+        elif isinstance(module, OutputLayer):
+            module.pieces = pieces
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile and run the smallest function there is.
+
+    Raises:
+        EnvironmentMismatch: that failed.
+    """
+    try:
+        _fused(_one_more)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a compiler, a driver or a cache folder brings up
+        reason = (str(error).strip().splitlines() or [""])[0]
+        needs = "Triton and a C compiler (apt-get install gcc)" if device.type == "cuda" else "a C++ compiler"
+        raise EnvironmentMismatch(
+            f"train.compile: torch.compile does not work here ({type(error).__name__}: {reason}); it needs {needs} and "
+            "a folder to write to (TORCHINDUCTOR_CACHE_DIR), or set train.compile: false"
+        ) from error
+
+
+def _one_more(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def _fused(piece: Callable) -> Callable:
+    return torch.compile(piece, fullgraph=True, dynamic=False)
