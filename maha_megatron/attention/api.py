@@ -21,7 +21,7 @@ from maha_megatron.attention.spec import (
     dense_parameter_specs,
     maha_parameter_specs,
 )
-from maha_megatron.attention.state import MahaState, Past, check_document_start, check_state, convolve_after
+from maha_megatron.attention.state import MahaState, Past, check_document_start, check_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, 
         entries, past_slots = past.entries, spec.windows
     if spec.convolution:
         rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
-        mixed = operators.convolve(*rows) if past is None else convolve_after(operators.convolve, past.rows, *rows)
+        mixed = operators.convolve(*rows) if past is None else operators.convolve(*rows, past.rows)
         q_tnd, k_tgd, v_tgd = mixed
     levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec, entries)
     return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights), levels

@@ -75,11 +75,12 @@ def _kernels() -> Backend:
             "the attention backend is triton, and torch finds no CUDA device: set maha.backend to eager "
             "(or TRITON_INTERPRET=1 in the environment, to run kernels step by step on the CPU: a test's way)"
         )
+    import maha_megatron.attention.convolution.triton as convolution_triton
     import maha_megatron.attention.pyramid.triton as pyramid_triton
     import maha_megatron.attention.scale_attention.triton as scale_attention_triton
 
     return Backend(
-        convolve=convolution_eager.convolve,
+        convolve=convolution_triton.convolve,
         build_pyramid=pyramid_triton.build_pyramid,
         attend=scale_attention_triton.attend,
         attend_dense=dense_eager.attend_dense,

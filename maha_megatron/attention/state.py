@@ -22,14 +22,12 @@ from dataclasses import dataclass
 
 import torch
 
-from maha_megatron.attention.convolution.naive import DILATION, KERNEL
+from maha_megatron.attention.convolution.naive import CONVOLUTION_REACH
 from maha_megatron.attention.slots import first_slot_of, visible_slots
 from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.attention.state_identity import differences, identity
 from maha_megatron.errors import ConfigError, StateError
 from maha_megatron.scales import stride
-
-CONVOLUTION_REACH = DILATION * (KERNEL - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,19 +301,6 @@ def piece_document_start(document_start_t: torch.Tensor, first_row: int, stop_ro
     Rows of the piece count from 0, so a document that began before it has a negative start.
     """
     return document_start_t[first_row:stop_row] - first_row
-
-
-def convolve_after(convolve, past_rows: torch.Tensor, q_tnd, k_tgd, v_tgd, document_start_t, weight):
-    """`convolve` of a piece, with the raw rows in front that it reaches back to; as it returns, for the piece's rows.
-
-    A row in front is a document of its own: what is computed for it is dropped.
-    """
-    n, g, reach = q_tnd.shape[1], k_tgd.shape[1], len(past_rows)
-    earlier = past_rows.split((n, g, g), dim=1)
-    joined = [torch.cat(pair) for pair in zip(earlier, (q_tnd, k_tgd, v_tgd), strict=True)]
-    front = torch.arange(reach, device=document_start_t.device)
-    mixed = convolve(*joined, torch.cat((front, document_start_t + reach)), weight)
-    return [x[reach:] for x in mixed]
 
 
 def refuse_pooled_queries(spec: MahaSpec) -> None:

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention import triton_joint
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
@@ -81,7 +82,12 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
         pyramid = triton_levels.Call(method, 4, start, learned_here, levels[0][0], (0,) * len(windows))
         pyramids[f"pooling, {method}"] = pyramid.pooling(1, levels[0], levels[1])
         pyramids[f"pooling gradients, {method}"] = pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0]
+    of_rows, past, taps = (q, *levels[0]), empty(4, n + 2 * g, width, kind=dtype), empty((n + 2 * g) * width, 3)
+    mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
+    parts = empty(mixed.blocks, *taps.shape)
     return pyramids | {
+        "convolution": mixed.mixing(of_rows),
+        "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
         "preparation": call.preparation(keys),
         "attention": call.attention(keys, q, lse, None),
         "query gradients": call.query_gradients(keys, q, lse, q, found),

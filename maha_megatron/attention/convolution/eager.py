@@ -7,14 +7,16 @@ rows after it contribute, so nothing is scattered and the result is bitwise repr
 import torch
 import torch.nn.functional as F
 
-from maha_megatron.attention.convolution.naive import DILATION, KERNEL
+from maha_megatron.attention.convolution.naive import DILATION, KERNEL, convolve_after
 from maha_megatron.attention.row_blocks import row_blocks
 
 _SHIFTS = tuple(DILATION * (KERNEL - 1 - tap) for tap in range(KERNEL))  # tap 0 reads 4 rows back, tap 2 the row itself
 
 
-def convolve(q_tnd, k_tgd, v_tgd, document_start_t, weight):
-    """x + silu(conv(x)) on every channel of q, k and v; see `maha_attention` for shapes and the order of channels."""
+def convolve(q_tnd, k_tgd, v_tgd, document_start_t, weight, past_rows=None):
+    """x + silu(conv(x)) on every channel of q, k and v; see convolution/naive.py for shapes."""
+    if past_rows is not None:
+        return convolve_after(convolve, past_rows, q_tnd, k_tgd, v_tgd, document_start_t, weight)
     g, heads_per_group = k_tgd.shape[1], q_tnd.shape[1] // k_tgd.shape[1]
     taps = weight.view(g, heads_per_group + 2, -1, KERNEL)
     position = torch.arange(document_start_t.numel(), device=document_start_t.device) - document_start_t

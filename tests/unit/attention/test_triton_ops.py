@@ -6,13 +6,14 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.support.interpreter import DEVICE  # isort: split
 
+from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.pyramid import triton as pyramid
 from maha_megatron.attention.scale_attention import triton, triton_ops
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of, tuning_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from tests.support.attention import Case, documents_of, leaves, parameter_specs
 
-SPEC = MahaSpec(ratio=4, windows=(9, 5), convolution=False)
+SPEC = MahaSpec(ratio=4, windows=(9, 5))
 CASE = Case(lengths=(6, 11), n=2, g=1, d=32, spec=SPEC)
 TILES = Tiles(rows=32, keys=16)
 SMALL = Tuning(keys=TILES, forward=TILES, query_gradient=TILES, key_gradient=TILES)
@@ -27,6 +28,12 @@ def attention_inputs(with_weights: bool, utilities: bool = True) -> tuple:
     gains = [values[name] for name in ("query_gain", "key_gain")]
     numbers = (4, [9, 5], [0, 0], 10000.0, 1e-6, with_weights, numbers_of(SMALL))
     return (values["q"], *gains, *learned, start_t, [keys, coarse[0]], [*levels, coarse[1]], *numbers)
+
+
+def convolution_inputs(past: bool) -> tuple:
+    values = leaves(CASE, torch.float32, DEVICE)
+    rows = torch.randn(4, CASE.n + 2 * CASE.g, CASE.d, device=DEVICE).requires_grad_() if past else None
+    return *(values[name] for name in "qkv"), rows, documents_of(CASE, DEVICE).start_t, values["convolution"], 2
 
 
 def pyramid_inputs(downsampling: str, past: bool) -> tuple:
@@ -59,6 +66,15 @@ def test_the_backward_of_joint_attention_is_a_well_formed_operator():
     torch.library.opcheck(triton_ops.joint_attention_backward, (torch.ones_like(out), out, lse, *inputs, tiles))
 
 
+@pytest.mark.parametrize("past", [False, pytest.param(True, marks=pytest.mark.full)], ids=["whole", "piece"])
+def test_the_convolution_is_made_of_well_formed_operators(past):
+    inputs = convolution_inputs(past)
+    torch.library.opcheck(convolution.convolve_rows, inputs)
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    grads = [torch.ones_like(x) for x in inputs[:3]]
+    torch.library.opcheck(convolution.convolve_rows_backward, (grads, *inputs))
+
+
 @pytest.mark.parametrize("past", [False, True], ids=["whole", "piece"])
 @pytest.mark.parametrize("downsampling", ["gated", pytest.param("max", marks=pytest.mark.full)])
 def test_the_pyramid_is_made_of_well_formed_operators(downsampling, past):
@@ -71,12 +87,13 @@ def test_the_pyramid_is_made_of_well_formed_operators(downsampling, past):
 
 def whole(values: dict[str, torch.Tensor], start_t: torch.Tensor) -> torch.Tensor:
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(CASE)})
-    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, SPEC)
-    return triton.attend(values["q"], levels, start_t, parameters, SPEC, with_weights=False).out_tnd
+    q, *rows = convolution.convolve(*(values[name] for name in "qkv"), start_t, parameters.convolution)
+    levels = pyramid.build_pyramid(tuple(rows), start_t, parameters, SPEC)
+    return triton.attend(q, levels, start_t, parameters, SPEC, with_weights=False).out_tnd
 
 
 @pytest.mark.parametrize("how", ["compiled", "recomputed"])
-def test_pyramid_and_attention_compiled_and_recomputed_are_the_same(how):
+def test_the_whole_operator_compiled_and_recomputed_is_the_same(how):
     """Compiled as one graph."""
     values, start_t = leaves(CASE, torch.float32, DEVICE), documents_of(CASE, DEVICE).start_t
     if how == "compiled":
