@@ -64,6 +64,15 @@ def visible_to_tile(start, ends, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def seen_by_whole_tile(start, ends, scale, SHAPE: tl.constexpr):
+    """The slots [first, end) that every row of a tile sees; none where rows lie in several documents."""
+    last, first_document, last_document = ends
+    first, _ = visible(last, last_document, window_of(scale, SHAPE), SHAPE.ratio, scale)
+    _, end = visible(start, first_document, window_of(scale, SHAPE), SHAPE.ratio, scale)
+    return first, tl.where(first_document == last_document, end, first)
+
+
+@triton.jit
 def at_lines(rows, start, row, head, channel):
     """Pointers [lines, channels] into [t, heads, channels]."""
     line = (row - start) * rows.row_stride + head * rows.head_stride
@@ -154,6 +163,7 @@ def attend_kernel(
     for scale in tl.range(0, len(SHAPE.windows)):
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
         begin, end = visible_to_tile(start, ends, scale, SHAPE)
+        seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
         first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
         raised = tl.zeros([HEADS * ROWS], tl.float32)
         if SHAPE.utilities:
@@ -164,12 +174,12 @@ def attend_kernel(
         value_offset = key[:, None] * value_stride + channels[None, :]
         part = tl.zeros([HEADS * ROWS], tl.float32)
         for at in tl.range(begin, end, KEYS):
-            real = (key < end - at)[:, None]
-            key_at = key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :]
-            key_tile = tl.load(key_at, mask=real, other=0.0)
+            # keys behind the last are read, and not seen; values there might be no numbers, which 0 would not undo
+            key_tile = tl.load(key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :])
             logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
-            seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
+            if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
+                seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+                logits = tl.where(seen, logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1) * unit + raised)
             weight = tl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
             shrink = tl.exp2(top - higher)
@@ -177,7 +187,8 @@ def attend_kernel(
             mass = mass * shrink + added
             if scale_lse is not None:
                 part = part * shrink + added
-            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+            value_at = value_base + at * value_stride + value_offset
+            value_tile = tl.load(value_at, mask=(key < end - at)[:, None], other=0.0)
             fused = tl.dot(weight.to(operand), value_tile, fused * shrink[:, None], input_precision=SHAPE.precision)
             top = higher
         if scale_lse is not None:

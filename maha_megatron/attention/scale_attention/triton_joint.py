@@ -92,8 +92,10 @@ class Call:
         return self._launch(prepare_keys, self._key_grid(tiles), tiles, *tensors, TILE=tiles.keys)
 
     def prepared_keys(self) -> torch.Tensor:
-        """[g, entries of all scales, d] in q's dtype."""
-        prepared = self._empty(self.g, sum(self.entries), self.d, dtype=self.q.dtype)
+        """[g, entries of all scales, d] in q's dtype; behind it lies a tile that forward may read."""
+        total = self.g * sum(self.entries)
+        prepared = self._empty(total + self.tuning.forward.keys, self.d, dtype=self.q.dtype)[:total]
+        prepared = prepared.view(self.g, -1, self.d)
         self.preparation(prepared).run()
         return prepared
 

@@ -24,7 +24,6 @@ from maha_megatron.attention.scale_attention.triton_keys import (
     locate_tile,
     normal_keys,
 )
-from maha_megatron.attention.scale_attention.triton_query_gradient import at_turned
 from maha_megatron.attention.triton_slots import (
     entries_before,
     past_of,
@@ -166,14 +165,15 @@ def key_gradient_kernel(
     grad_value = tl.zeros([KEYS, 2 * HALF], tl.float32)
     grad_key = tl.zeros([KEYS, 2 * HALF], tl.float32)
     for head in tl.range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
+        of_scale = (head * SCALES + scale).to(tl.int64) * places.rows
+        turned = found.turned + of_scale * (2 * HALF)
         for at in tl.range(begin, stop, ROWS):
             row, real, see_from, see_to = rows_at(at, places, scale, SHAPE, ROWS)
-            query_at = at_turned(found.turned, head, scale, places, row, channels, SHAPE)
+            query_at = turned + row[:, None] * (2 * HALF) + channels[None, :]
             query = tl.load(query_at, mask=real[:, None], other=0.0)
             logits = tl.dot(key_tile, query.T, input_precision=SHAPE.precision)
             norm = tl.load(found.norms + head * places.rows + row, mask=real, other=0.0)
-            at_offset = found.offsets + (head * SCALES + scale) * places.rows + row
-            offset = tl.load(at_offset, mask=real, other=0.0)
+            offset = tl.load(found.offsets + of_scale + row, mask=real, other=0.0)
             seen = within(slot[:, None], see_from[None, :], (see_to - see_from)[None, :])
             weight = tl.exp2(tl.where(seen, logits * (norm * unit)[None, :] + offset[None, :], float("-inf")))
             grad = load_rows(grad_out, row, head, real, channels)

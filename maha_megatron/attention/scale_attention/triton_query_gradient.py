@@ -14,8 +14,8 @@ import triton.language as tl
 from maha_megatron.attention.scale_attention.triton_forward import (
     LOG2_E,
     at_lines,
-    gained_queries,
-    query_norms,
+    load_queries,
+    seen_by_whole_tile,
     slots_of_scale,
     tile_ends,
     tile_rows,
@@ -26,6 +26,7 @@ from maha_megatron.attention.scale_attention.triton_forward import (
 from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
     halves,
+    inverse_norm,
     joined,
     of_heads,
     rotated,
@@ -49,6 +50,47 @@ def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.cons
 
 
 @triton.jit
+def turn_tile(
+    queries,
+    places,
+    turned,
+    offsets,
+    line,
+    step,
+    less,
+    start,
+    row,
+    document,
+    head,
+    SHAPE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Writes queries turned for every scale, and utilities minus `less`; returns 1 / the norms of the queries.
+
+    They go to `line` of [..., d] and of [...] for scale 0, and `step` further for each next one.
+    """
+    HALF: tl.constexpr = SHAPE.half
+    channel, inside = tl.arange(0, HALF), row < places.rows
+    first, second = load_queries(queries, start, row, head, inside, HALF)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    norm = inverse_norm(first, second, SHAPE.epsilon, HALF)
+    first = first * of_heads(queries.gain, head, channel, 2 * HALF, HEADS)
+    second = second * of_heads(queries.gain, head, channel + HALF, 2 * HALF, HEADS)
+    for scale in tl.range(0, len(SHAPE.windows)):
+        offset = -less
+        if SHAPE.utilities:
+            offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
+        tl.store(offsets + line, offset, mask=inside)
+        operand: tl.constexpr = turned.dtype.element_ty
+        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        at = turned + line[:, None] * (2 * HALF) + channel[None, :]
+        tl.store(at, turned_first, mask=inside[:, None])
+        tl.store(at + HALF, turned_second, mask=inside[:, None])
+        line += step
+    return norm
+
+
+@triton.jit
 def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
     """The accumulator, turned from the angles of the scale before to those of this one; at scale 0 from none."""
     turn = turns_on(place, places.frequency, scale, tl.arange(0, SHAPE.half), SHAPE.half, SHAPE.fast)
@@ -59,22 +101,26 @@ def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def at_turned(turned, head, scale, places, row, channel, SHAPE: tl.constexpr):
-    """Pointers [rows, channels] into [n, L, t, d]."""
-    WIDTH: tl.constexpr = 2 * SHAPE.half
-    line = (head * len(SHAPE.windows) + scale).to(tl.int64) * places.rows + row
-    return turned + line[:, None] * WIDTH + channel[None, :]
+def of_columns(HEADS: tl.constexpr):
+    """Scale and head of this program of every column of a table of utilities: 8 scales of each head, 16 at least."""
+    column = tl.arange(0, 16 if HEADS <= 2 else 8 * HEADS)
+    return column % 8, column // 8
 
 
 @triton.jit
-def utility_gradient(made, total, head, scale, places, row, SHAPE: tl.constexpr):
-    """Gradient of a scale's utility of every line.
+def utility_gradients(made, total, places, row, SHAPE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Gradient of every scale's utility [lines, columns]; in columns of other heads, 0.
 
     A change of all utilities alike changes nothing: what rounding left in that direction is taken out.
     """
-    at, inside = (head * len(SHAPE.windows) + scale) * places.rows + row, row < places.rows
-    gradient = tl.load(made.utility_gradients + at, mask=inside, other=0.0)
-    return gradient - tl.load(made.shares + at, mask=inside, other=0.0) * total
+    SCALES: tl.constexpr = len(SHAPE.windows)
+    scale, head = of_columns(HEADS)
+    own = (tl.arange(0, HEADS * ROWS) // ROWS)[:, None] == head[None, :]
+    own = own & (scale < SCALES)[None, :] & (row < places.rows)[:, None]
+    first = (tl.program_id(1) * HEADS * SCALES).to(tl.int64) * places.rows
+    at = first + (head * SCALES + scale)[None, :] * places.rows + row[:, None]
+    gradient = tl.load(made.utility_gradients + at, mask=own, other=0.0)
+    return gradient - tl.load(made.shares + at, mask=own, other=0.0) * total[:, None]
 
 
 @triton.jit
@@ -82,7 +128,7 @@ def through_gain(
     grad,
     half,
     norm,
-    total,
+    grads_utility,
     queries,
     places,
     made,
@@ -102,12 +148,14 @@ def through_gain(
     raw = tl.load(raw_at, mask=(row < places.rows)[:, None], other=0.0).to(tl.float32)
     normal, tile = raw * norm[:, None], tl.program_id(0)
     if SHAPE.utilities:
-        for scale in tl.range(0, SCALES):
-            grad_utility = utility_gradient(made, total, head, scale, places, row, SHAPE)[:, None]
-            rho_at = queries.rho + scale * queries.n * 2 * SHAPE.half
-            grad += grad_utility * of_heads(rho_at, head, at, 2 * SHAPE.half, HEADS)
-            part = sum_lines(grad_utility * normal, ROWS, HEADS)
-            store_part(made.rho_parts, tile * SCALES + scale, queries.n, part, at, SHAPE.half, HEADS)
+        scale, head_here = of_columns(HEADS)
+        real = ((scale < SCALES) & (head_here < HEADS))[:, None]
+        of_head = scale * queries.n + tl.program_id(1) * HEADS + head_here
+        of_head = of_head[:, None] * (2 * SHAPE.half) + at[None, :]
+        rho = tl.load(queries.rho + of_head, mask=real, other=0.0).to(tl.float32)
+        grad = tl.dot(grads_utility, rho, grad, input_precision=SHAPE.precision)
+        part = tl.dot(grads_utility.T, normal, input_precision=SHAPE.precision)
+        tl.store(made.rho_parts + tile * (SCALES * queries.n * 2 * SHAPE.half) + of_head, part, mask=real)
     part = sum_lines(grad * normal, ROWS, HEADS)
     store_part(made.gain_parts, tile, queries.n, part, at, SHAPE.half, HEADS)
     return grad * of_heads(queries.gain, head, at, 2 * SHAPE.half, HEADS), normal
@@ -137,9 +185,12 @@ def store_query_gradients(
     first, second = halves(accumulator)
     first, second = rotated(first, second, cosine, -sine)
     scaling: tl.constexpr = (2 * HALF) ** -0.5
+    grads_utility = total[:, None]
+    if SHAPE.utilities:
+        grads_utility = utility_gradients(made, total, places, row, SHAPE, ROWS, HEADS)
     lines = (queries, places, made, start, row, head)
-    first, normal_first = through_gain(first * scaling, 0, norm, total, *lines, SHAPE, ROWS, HEADS)
-    second, normal_second = through_gain(second * scaling, 1, norm, total, *lines, SHAPE, ROWS, HEADS)
+    first, normal_first = through_gain(first * scaling, 0, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
+    second, normal_second = through_gain(second * scaling, 1, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
     along = (tl.sum(first * normal_first, 1) + tl.sum(second * normal_second, 1))[:, None] / (2 * HALF)
     to = at_lines(made.grad_q, start, row, head, channel)
     stored = made.grad_q.tensor.dtype.element_ty
@@ -148,16 +199,15 @@ def store_query_gradients(
 
 
 @triton.jit
-def load_outputs(out, lse, grad_out, queries, places, made, start, row, head, SHAPE: tl.constexpr):
-    """Of every line: dO, delta, log-sum-exp and what normalises q; delta and the latter are stored too."""
+def load_outputs(out, grad_out, places, made, start, row, head, SHAPE: tl.constexpr):
+    """Of every line: dO and delta, which is stored too."""
     channels, inside = tl.arange(0, 2 * SHAPE.half), row < places.rows
     grad = tl.load(at_lines(grad_out, start, row, head, channels), mask=inside[:, None], other=0.0)
     out_at = at_lines(out, start, row, head, channels)
     product = grad.to(tl.float32) * tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
-    delta, norm = tl.sum(product, 1), query_norms(queries, start, row, head, inside, SHAPE)
+    delta = tl.sum(product, 1)
     tl.store(made.delta + head * places.rows + row, delta, mask=inside)
-    tl.store(made.norms + head * places.rows + row, norm, mask=inside)
-    return grad, delta, tl.load(lse + head * places.rows + row, mask=inside, other=0.0), norm
+    return grad, delta
 
 
 @triton.jit
@@ -179,25 +229,26 @@ def query_gradient_kernel(
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
-    key, channel, channels = tl.arange(0, KEYS), tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
     lines = (queries, places, made, start, row, head)
-    grad, delta, own_lse, norm = load_outputs(out, lse, grad_out, *lines, SHAPE)
+    own_lse = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
+    first_line = (head * SCALES).to(tl.int64) * places.rows + row
+    to = (queries, places, made.turned, made.offsets, first_line, places.rows, own_lse)
+    norm = turn_tile(*to, start, row, document, head, SHAPE, HEADS)
+    tl.store(made.norms + head * places.rows + row, norm, mask=inside)
+    tl.debug_barrier()  # what one thread wrote, others read
+    grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, SCALES):
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
         begin, end = visible_to_tile(start, ends, scale, SHAPE)
-        first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
-        offset = -own_lse
-        if SHAPE.utilities:
-            offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
-        tl.store(made.offsets + (head * SCALES + scale) * places.rows + row, offset, mask=inside)
-        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
-        turned_at = at_turned(made.turned, head, scale, places, row, channel, SHAPE)
-        tl.store(turned_at, turned_first, mask=inside[:, None])
-        tl.store(turned_at + HALF, turned_second, mask=inside[:, None])
-        query = joined(turned_first, turned_second)
+        seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
+        at_scale = first_line + scale * places.rows
+        offset = tl.load(made.offsets + at_scale, mask=inside, other=0.0)
+        turned_at = made.turned + at_scale[:, None] * (2 * HALF) + channels[None, :]
+        query = tl.load(turned_at, mask=inside[:, None], other=0.0)
         grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
         value_offset = key[:, None] * value_stride + channels[None, :]
@@ -209,17 +260,19 @@ def query_gradient_kernel(
             value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
             logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
             grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
-            seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
-            weight = tl.exp2(tl.where(seen, logits * unit[:, None] + offset[:, None], float("-inf")))
+            logits = logits * unit[:, None] + offset[:, None]
+            if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
+                seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+                logits = tl.where(seen, logits, float("-inf"))
+            weight = tl.exp2(logits)
             grad_logits = weight * (grad_weight - delta[:, None])
             if SHAPE.utilities:
                 grad_utility += tl.sum(grad_logits, 1)
                 share += tl.sum(weight, 1)
             grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=SHAPE.precision)
         if SHAPE.utilities:
-            summed_at = (head * SCALES + scale) * places.rows + row
-            tl.store(made.utility_gradients + summed_at, grad_utility, mask=inside)
-            tl.store(made.shares + summed_at, share, mask=inside)
+            tl.store(made.utility_gradients + at_scale, grad_utility, mask=inside)
+            tl.store(made.shares + at_scale, share, mask=inside)
             total += grad_utility
     if SHAPE.utilities:
         tl.debug_barrier()  # what is read now was written above, perhaps by other threads

@@ -42,7 +42,7 @@ class Tuning:
     query_gradient: Tiles = Tiles()
     key_gradient: Tiles = Tiles()
     span: int = 4096
-    programs: int = 1024
+    programs: int = 4096
 
 
 def numbers_of(tuning: Tuning) -> list[int]:
@@ -59,7 +59,14 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
         kernels.append(
-            Tiles(rows=rows, keys=keys, heads=heads, warps=warps, stages=stages, registers=registers or None)
+            Tiles(
+                rows=rows,
+                keys=keys,
+                heads=heads,
+                warps=warps,
+                stages=stages,
+                registers=registers or None,
+            )
         )
     of_keys, forward, query_gradient, key_gradient = kernels
     return Tuning(
