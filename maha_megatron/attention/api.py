@@ -90,6 +90,12 @@ def maha_attention(
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
     check_document_start(document_start_t, state)
+    if operators.advance is not None:
+        inputs = (q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, state, with_weights)
+        advanced = operators.advance(*inputs)
+        if advanced is not None:
+            attended, after = advanced
+            return _output([attended], with_weights, after)
     by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
