@@ -65,6 +65,7 @@ def maha_attention(
         state: of the B streams whose next pieces, of equal length and stream after stream, the rows are; t is then B
             times that length. Rows of each piece count from 0, so the document that a stream goes on with starts at
             row -offset; `state.document_start` and `piece_document_start` (state.py) say it.
+            Kernels take a few rows of all streams at once where no gradient is asked for; else streams go one by one.
 
     Returns:
         MahaOutput. A row's output depends on rows of its document up to itself and on nothing else.

@@ -22,11 +22,10 @@ from maha_megatron.attention.decode.triton_rows import advance_rows_kernel
 from maha_megatron.attention.decode.triton_step import Learned, Parts, Step, Streams
 from maha_megatron.attention.pyramid.eager import LEARNED
 from maha_megatron.attention.scale_attention.attended import Attended
-from maha_megatron.attention.scale_attention.triton import what_no_kernel_serves
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
-from maha_megatron.attention.triton_launch import Launch, lined_up
+from maha_megatron.attention.triton_launch import Launch, lined_up, unserved_heads
 from maha_megatron.scales import slot_count, stride
 
 MOST_ROWS, MOST_LINES = 16, 64  # of a stream's piece; rows times query heads of a group, the lines of one product
@@ -79,10 +78,11 @@ def advance(
 
 
 def serves(q_tnd: torch.Tensor, g: int, spec: MahaSpec, streams: int) -> bool:
-    """Whether the kernels do: few rows a stream, and an operator that has kernels elsewhere too."""
+    """Whether the kernels do: few rows a stream, and one softmax over all scales."""
     _, n, d, rows = *q_tnd.shape, len(q_tnd) // streams
     few = rows <= MOST_ROWS and rows * (n // g) <= MOST_LINES
-    return few and not spec.key_map and what_no_kernel_serves(d, q_tnd.dtype, spec) is None
+    one_softmax = spec.scales == 1 or (spec.joint_softmax and spec.lse_utility)
+    return few and one_softmax and not spec.key_map and unserved_heads(d, q_tnd.dtype) is None
 
 
 def needs_gradients(tensors) -> bool:

@@ -136,7 +136,7 @@ def attend_entries_kernel(
     top = tl.maximum(tl.max(logits, 1), FARTHEST)
     weight = tl.exp2(logits - top[:, None])
     summed = tl.dot(weight.to(operand), values, input_precision=STEP.precision)
-    part = line * tl.num_programs(0) + number
+    part = line.to(tl.int64) * tl.num_programs(0) + number
     tl.store(parts.tops + part, top, mask=inside)
     tl.store(parts.masses + part, tl.sum(weight, 1), mask=inside)
     tl.store(parts.sums + part[:, None] * (2 * STEP.half) + channel[None, :], summed, mask=inside[:, None])
