@@ -143,14 +143,15 @@ class Call:
         numbers = [self.empty(self.lines, self.n, self.tiles, dtype=torch.float32) for _ in range(2)]
         return Parts(*numbers, self.empty(self.lines, self.n, self.tiles, self.d, dtype=torch.float32))
 
-    def _launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], **arguments) -> Launch:
+    def _launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], warps: int = 4, **arguments) -> Launch:
         arguments["STEP"] = self.step
-        return Launch(kernel=kernel, grid=grid, arguments=arguments, options={"num_warps": 4}, device=self.device)
+        return Launch(kernel=kernel, grid=grid, arguments=arguments, options={"num_warps": warps}, device=self.device)
 
     def rows(self, new: Streams, fresh: torch.Tensor, queries: torch.Tensor) -> Launch:
         return self._launch(
             advance_rows_kernel,
             (self.n + 2 * self.g, self.streams),
+            warps=1 if self.step.rows <= 4 else 4,  # one needs no barriers, and few rows are no work for more
             x=lines_of(self.x),
             old=self.old,
             new=new,
