@@ -65,6 +65,7 @@ def maha_attention(
         state: of the B streams whose next pieces, of equal length and stream after stream, the rows are; t is then B
             times that length. Rows of each piece count from 0, so the document that a stream goes on with starts at
             row -offset; `state.document_start` and `piece_document_start` (state.py) say it.
+            Kernels take a few rows of all streams at once where no gradient is asked for; else streams go one by one.
 
     Returns:
         MahaOutput. A row's output depends on rows of its document up to itself and on nothing else.
@@ -90,6 +91,12 @@ def maha_attention(
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
     check_document_start(document_start_t, state)
+    if operators.advance is not None:
+        inputs = (q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, state, with_weights)
+        advanced = operators.advance(*inputs)
+        if advanced is not None:
+            attended, after = advanced
+            return _output([attended], with_weights, after)
     by_stream = [x.unflatten(0, (state.streams, -1)) for x in (q_tnd, k_tgd, v_tgd, document_start_t)]
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):

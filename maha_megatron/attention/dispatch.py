@@ -24,12 +24,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The operators of one implementation; signatures as in the naive one of each."""
+    """The operators of one implementation; signatures as in the naive one of each.
+
+    `advance` (decode/triton.py) does all of them at once for the next few rows of a state's streams, where it can.
+    """
 
     convolve: Callable
     build_pyramid: Callable
     attend: Callable
     attend_dense: Callable
+    advance: Callable | None = None
 
 
 _BACKENDS = {
@@ -76,6 +80,7 @@ def _kernels() -> Backend:
             "(or TRITON_INTERPRET=1 in the environment, to run kernels step by step on the CPU: a test's way)"
         )
     import maha_megatron.attention.convolution.triton as convolution_triton
+    import maha_megatron.attention.decode.triton as decode_triton
     import maha_megatron.attention.pyramid.triton as pyramid_triton
     import maha_megatron.attention.scale_attention.triton as scale_attention_triton
 
@@ -84,4 +89,5 @@ def _kernels() -> Backend:
         build_pyramid=pyramid_triton.build_pyramid,
         attend=scale_attention_triton.attend,
         attend_dense=dense_eager.attend_dense,
+        advance=decode_triton.advance,
     )

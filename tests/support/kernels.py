@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maha_megatron.attention.convolution import triton as convolution
+from maha_megatron.attention.decode import triton as decode
+from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention import triton_joint
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
@@ -96,6 +98,31 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     }
 
 
+def decoding_launches(width: int, dtype: torch.dtype, *, rows: int = 1, n: int = 16, g: int = 16) -> dict[str, Launch]:
+    """Every launch of a step of 32 streams at the default windows of 4,096 tokens, on the meta device."""
+    spec, streams = MahaSpec(ratio=4, windows=(128, 112, 124, 64)), 32
+
+    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    x = [empty(streams * rows, heads, width, kind=dtype) for heads in (n, g, g)]
+    entries = tuple(empty(streams, window, 2, g, width, kind=dtype) for window in spec.windows)
+    counts = [empty(streams, kind=torch.int64) for _ in range(2)]
+    old = Streams(entries, empty(streams, 4, n + 2 * g, width, kind=dtype), *counts)
+    gates = (empty(3, 2, g, width), empty(3, 2, g, 4))
+    frequency = empty(4, 3, width // 2, kind=torch.int32)
+    learned = Learned(empty(n, width), empty(g, width), empty(4, n, width), empty(4, n), frequency)
+    start, taps = empty(streams * rows, kind=torch.int64), empty((n + 2 * g) * width, 3)
+    call = decode.Call(x, start, old, taps, gates, learned, spec)
+    new, parts = call.empty_state(), call.empty_parts()
+    fresh = empty(streams, call.step.slots_before[-1], 2, g, width, kind=dtype)
+    return {
+        "decoding, rows": call.rows(new, fresh, x[0]),
+        "decoding, entries": call.attention(new, fresh, x[0], parts),
+        "decoding, joining": call.joining(parts, x[0], empty(streams * rows, n, 4)),
+    }
+
+
 def _signature(value):
     if isinstance(value, tuple):
         items = [_signature(item) for item in value]
@@ -132,7 +159,7 @@ def main() -> None:
     capability, width, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
     found = {}
     tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
-    for name, launch in launches(width, dtype, tuning).items():
+    for name, launch in (launches(width, dtype, tuning) | decoding_launches(width, dtype)).items():
         compiled = dataclasses.asdict(compile_launch(launch, capability))
         found[name] = {key: value for key, value in compiled.items() if key != "ptx"}
     print(json.dumps(found))

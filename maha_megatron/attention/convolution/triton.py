@@ -47,7 +47,7 @@ class Call:
 
     def _launch(self, kernel: triton.JITFunction, **arguments) -> Launch:
         arguments |= {
-            "x": _lines(self.x),
+            "x": lines_of(self.x),
             "past": self.past,
             "taps": self.taps.contiguous(),
             "packed": Packed(self.document_start, self.rows, self.n, self.g),
@@ -60,10 +60,10 @@ class Call:
         return Launch(kernel=kernel, grid=grid, arguments=arguments, options={"num_warps": 4}, device=device)
 
     def mixing(self, out) -> Launch:
-        return self._launch(convolve_kernel, out=_lines(out))
+        return self._launch(convolve_kernel, out=lines_of(out))
 
     def gradients(self, grad, grad_x, grad_past, parts) -> Launch:
-        made = {"grad": _lines(grad), "grad_x": _lines(grad_x), "grad_past": grad_past, "parts": parts}
+        made = {"grad": lines_of(grad), "grad_x": lines_of(grad_x), "grad_past": grad_past, "parts": parts}
         return self._launch(convolution_gradient_kernel, **made)
 
     def empty(self) -> list[torch.Tensor]:
@@ -84,7 +84,8 @@ class Call:
         return made if past is None else [*made, grad_past]
 
 
-def _lines(tensors) -> Lines:
+def lines_of(tensors) -> Lines:
+    """Of q, k and v, whose channels are next to each other."""
     return Lines(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
 
 

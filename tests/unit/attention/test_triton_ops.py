@@ -7,10 +7,12 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.convolution import triton as convolution
+from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.pyramid import triton as pyramid
 from maha_megatron.attention.scale_attention import triton, triton_ops
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of, tuning_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
+from maha_megatron.attention.state import MahaState
 from tests.support.attention import Case, documents_of, leaves, parameter_specs
 
 SPEC = MahaSpec(ratio=4, windows=(9, 5))
@@ -34,6 +36,20 @@ def convolution_inputs(past: bool) -> tuple:
     values = leaves(CASE, torch.float32, DEVICE)
     rows = torch.randn(4, CASE.n + 2 * CASE.g, CASE.d, device=DEVICE).requires_grad_() if past else None
     return *(values[name] for name in "qkv"), rows, documents_of(CASE, DEVICE).start_t, values["convolution"], 2
+
+
+def decoding_inputs(spec: MahaSpec, with_weights: bool) -> tuple:
+    """Two streams in one document each, one of them at its start."""
+    case = Case(lengths=(2,), n=2, g=1, d=32, spec=spec)
+    values = {name: value.detach() for name, value in leaves(case, torch.float32, DEVICE).items()}
+    state = MahaState.initial(spec, streams=2, n=2, g=1, d=32, dtype=torch.float32, device=DEVICE)
+    of_state = (list(state.entries), state.rows, state.offset + torch.tensor([5, 0], device=DEVICE), state.rewindable)
+    starts = torch.tensor([-5, 0], device=DEVICE)
+    pyramid_learned = [values[name] for name in ("gate_query", "gate_bias") if name in values]
+    names = ("query_gain", "key_gain", "utility_query", "utility_bias")
+    learned = (values.get("convolution"), pyramid_learned, *(values.get(name) for name in names))
+    numbers = ("gated", spec.ratio, list(spec.windows), spec.rope_base, spec.norm_epsilon)
+    return [values[name] for name in "qkv"], starts, *of_state, *learned, *numbers, with_weights
 
 
 def pyramid_inputs(downsampling: str, past: bool) -> tuple:
@@ -83,6 +99,18 @@ def test_the_pyramid_is_made_of_well_formed_operators(downsampling, past):
     keys, values, start_t, learned, _, *numbers = inputs
     grads = [torch.ones_like(x) for x in (keys, values, *pyramid.pool_levels(*inputs))]
     torch.library.opcheck(pyramid.pool_levels_backward, (grads, start_t, learned, [keys, values], *numbers))
+
+
+@pytest.mark.parametrize(
+    ("spec", "with_weights"),
+    [
+        (SPEC, True),
+        pytest.param(MahaSpec(ratio=4, windows=(9,), convolution=False), False, marks=pytest.mark.full),
+    ],
+    ids=["default", "one scale"],
+)
+def test_a_decoding_step_is_a_well_formed_operator(spec, with_weights):
+    torch.library.opcheck(decode.advance_streams, decoding_inputs(spec, with_weights))
 
 
 def whole(values: dict[str, torch.Tensor], start_t: torch.Tensor) -> torch.Tensor:

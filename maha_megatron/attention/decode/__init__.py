@@ -1,0 +1,1 @@
+"""Short pieces of many streams at once: decoding against the state."""
