@@ -80,7 +80,7 @@ DEFAULTS = {
     },
     "cuda": {
         "lengths": list(cases.LENGTHS), "dtype": ["bf16"], "heads": 16, "width": 128,
-        "backend": "triton", "repeats": 20, "seconds": 0.5, "processes": min((os.cpu_count() or 2) // 2, 8),
+        "backend": "triton", "repeats": 20, "seconds": 0.5, "processes": min(max((os.cpu_count() or 1) - 2, 1), 14),
     },
 }  # fmt: skip
 DECODE_DEFAULTS = {"lengths": list(decode.CONTEXTS), "streams": list(decode.STREAMS)}
@@ -123,7 +123,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--flex", action="store_true", help="GPU: FlexAttention beside the others; torch.compile takes its time")
     add("--backend", choices=BACKEND_NAMES, help="(default eager; GPU: triton)")
     add("--threads", type=int, help="CPU: of torch; default: torch's own choice")
-    add("--processes", type=int, help="GPU: that compile kernels ahead (default: half the cores, at most 8; 0: none)")
+    add("--processes", type=int, help="GPU: that compile kernels ahead (default: all cores but 2, at most 14; 0: none)")
     add("--repeats", type=int, help="timed passes of each (default 7; GPU: 20)")
     add("--seconds", type=float, help="no new pass of a length begins after these (default 20; GPU: 0.5)")
     add("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")

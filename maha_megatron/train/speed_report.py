@@ -102,7 +102,7 @@ def profile_text(model: str, length: int, profile: StepProfile) -> str:
         for name, calls, seconds in profile.kernels
     ]
     title = (
-        f"### {model}, {length} tokens: {1e3 * profile.device_s:.1f} ms of the device a step, attention "
-        f"{100 * profile.attention_frac:.1f} %"
+        f"### {model}, {length} tokens: a step of {1e3 * profile.step_s:.1f} ms, "
+        f"{1e3 * profile.device_s:.1f} ms of the device's work, of it attention {100 * profile.attention_frac:.1f} %"
     )
     return f"{title}\n\n" + markdown_table(["kernel", "calls", "ms", "%"], rows)

@@ -6,6 +6,7 @@ node does: torch gives both one sequence number, which earlier operations withou
 forward operation that has it counts.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,14 +27,19 @@ from maha_megatron.train.random_batches import random_batches
 ATTENTION = "core attention"
 _FORWARD = 0  # the scope of operations that autograd does not run
 _BACKWARD = "autograd::engine::evaluate_function: "
-_WARMUP_STEPS, _PROFILED_STEPS = 3, 3
+_TIMED_STEPS, _PROFILED_STEPS = 3, 3
 _RATE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """Of one step, mean: seconds of the device in all, the share of attention, and (name, calls, seconds) by time."""
+    """Means of one step.
 
+    step_s: seconds that it takes, not profiled; device_s: that the device works in it, the rest of them it waits for
+    the host; attention_frac: share of attention in that work; kernels: (name, calls, seconds), the longest first.
+    """
+
+    step_s: float
     device_s: float
     attention_frac: float
     kernels: list[tuple[str, float, float]]
@@ -60,8 +66,11 @@ def profile_step(config: Config, kernels: int = 15) -> StepProfile:
         def step() -> None:
             engine.step(batches, _RATE, StepPlace(step=1, first_sample=0, samples=config.train.global_batch_samples))
 
-        for _ in range(_WARMUP_STEPS):
+        step()  # compiles
+        begin = time.perf_counter()
+        for _ in range(_TIMED_STEPS):
             step()
+        step_s = (time.perf_counter() - begin) / _TIMED_STEPS
         with profile(activities=activities) as found:
             for _ in range(_PROFILED_STEPS):
                 step()
@@ -70,10 +79,10 @@ def profile_step(config: Config, kernels: int = 15) -> StepProfile:
         engine.release()
     finally:
         compat.shutdown()
-    return summarised(found.events(), on_gpu, _PROFILED_STEPS, kernels)
+    return summarised(found.events(), on_gpu, step_s, _PROFILED_STEPS, kernels)
 
 
-def summarised(events: Sequence[FunctionEvent], on_gpu: bool, steps: int, kernels: int) -> StepProfile:
+def summarised(events: Sequence[FunctionEvent], on_gpu: bool, step_s: float, steps: int, kernels: int) -> StepProfile:
     """What a profile of `steps` steps says of one; without a GPU, operations of the CPU stand for kernels."""
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     if on_gpu:
@@ -87,6 +96,7 @@ def summarised(events: Sequence[FunctionEvent], on_gpu: bool, steps: int, kernel
         by_name.setdefault(name, []).append(taken)
     longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:kernels]
     return StepProfile(
+        step_s=step_s,
         device_s=1e-6 * total_us / steps,
         attention_frac=_attention_us(on_host, on_gpu) / total_us,
         kernels=[(name, len(taken) / steps, 1e-6 * sum(taken) / steps) for name, taken in longest],

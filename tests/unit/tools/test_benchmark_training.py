@@ -139,7 +139,7 @@ def test_a_profile_is_of_every_run(program, monkeypatch):
 
     def profiled(config):
         seen.append((config.data.sequence_tokens, config.model.attention))
-        return StepProfile(device_s=0.1, attention_frac=0.25, kernels=[("gemm", 2.0, 0.05)])
+        return StepProfile(step_s=0.25, device_s=0.1, attention_frac=0.25, kernels=[("gemm", 2.0, 0.05)])
 
     monkeypatch.setattr(step_profile, "profile_step", profiled)
     _, text, record, _ = program([GOOD] * 2, "--models", "dense", "maha", "--lengths", 512, "--profile")

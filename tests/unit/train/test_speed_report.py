@@ -42,7 +42,7 @@ def test_ratios_are_of_one_length_and_aims_are_met_or_missed():
         ("dense", 32768): 1.0,
         ("maha", 32768): 1.8,
     }
-    profile = StepProfile(device_s=0.1, attention_frac=0.25, kernels=[])
+    profile = StepProfile(step_s=0.25, device_s=0.1, attention_frac=0.25, kernels=[])
     table = cells(speed_table(SPEEDS, calibration, {("maha", 4096): profile}))
     assert table["maha", "4096"] == ["120", "1.20", "1.15: met", "25 %"]
     assert table["maha", "32768"] == ["90", "1.80", "2.0: missed", "-"]
@@ -69,8 +69,10 @@ def test_another_model_may_be_the_one_that_is_calibrated():
 
 
 def test_a_profile_says_what_the_device_did():
-    profile = StepProfile(device_s=0.2, attention_frac=0.125, kernels=[("gemm", 12.0, 0.05), ("x" * 99, 1.0, 0.01)])
+    profile = StepProfile(
+        step_s=0.25, device_s=0.2, attention_frac=0.125, kernels=[("gemm", 12.0, 0.05), ("x" * 99, 1.0, 0.01)]
+    )
     text = profile_text("maha", 4096, profile)
-    assert "### maha, 4096 tokens: 200.0 ms of the device a step, attention 12.5 %" in text
+    assert "### maha, 4096 tokens: a step of 250.0 ms, 200.0 ms of the device's work, of it attention 12.5 %" in text
     assert "| `gemm` | 12 | 50.00 | 25.0 |" in text
     assert f"| `{'x' * 90}` | 1 | 10.00 | 5.0 |" in text

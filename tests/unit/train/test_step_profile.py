@@ -47,7 +47,7 @@ def events():
 
 
 def test_backward_belongs_to_where_its_node_was_made():
-    found = summarised(events(), False, 1, 10)
+    found = summarised(events(), False, 0.1, 1, 10)
     assert found.device_s == pytest.approx((5 + 30 + 25 + 40 + 50 + 50) * 1e-6)
     assert found.attention_frac == pytest.approx((30 + 40) / 200)
 
@@ -59,7 +59,7 @@ def test_on_a_gpu_kernels_are_what_is_counted():
         event("attend", 0, 410, device=True),
         event(ATTENTION, 0, 999, device=True, annotation=True),
     ]
-    found = summarised([*events(), *kernels], True, 2, 1)
+    found = summarised([*events(), *kernels], True, 0.1, 2, 1)
     assert found.device_s == pytest.approx(400e-6)
     assert found.kernels == [("attend", 0.5, pytest.approx(205e-6))]
     assert found.attention_frac == pytest.approx(2 * (30 + 40) / 800)
@@ -72,6 +72,7 @@ def test_a_real_step_is_profiled():
     config = training_config(model__layers=2, zero__stage=1, optimizer__name="adamw", **one_sample, **whole)
     found = in_a_process(profile_step, config, 40)
     assert 0.4 < found.attention_frac < 0.95
+    assert 0 < found.step_s < 10
     names = {name: seconds for name, _, seconds in found.kernels}
     attention_backward = names["aten::_scaled_dot_product_flash_attention_for_cpu_backward"]
     assert found.attention_frac * found.device_s > attention_backward > 0.05 * found.device_s
