@@ -5,6 +5,7 @@
     python tools/benchmark_attention.py --device cpu --dtype fp32 --lengths 4096 8192 --aggregation nash --coupling gram
     python tools/benchmark_attention.py --device cuda --preset
     python tools/benchmark_attention.py --device cuda --lengths 4096 --kv-groups 8 --flex
+    python tools/benchmark_attention.py --device cuda --decode
 
 Forward and backward, from raw q, k, v to every gradient; MAHA with its pyramid, normalisation, rotation and
 aggregation, dense attention bare. Medians after a warm-up, in turns. First a gate: where the backend does not agree
@@ -19,6 +20,10 @@ pass, random numbers: MAHA beside cuDNN and FlashAttention 2, each forced, and s
 cases.py); without it, the options say the case. Memory, rates, loaded keys and the floor are in the tables; a plot is
 beside them. The goals are those of kv16 and general in bf16. Kernels are compiled ahead by --processes.
 
+--decode times one token of one layer instead: MAHA from the state of a context, beside SDPA over a cache of keys and
+values, for --streams streams at contexts of --lengths tokens. The goals, on a GPU, are that one stream at 512 k takes
+at most 1.2 x the time at 4 k, and that several grow by at most 1.2 x of what a state's entries grow.
+
 exit codes:
   0   measured; every goal that applies is met
   1   the gate is red and nothing was measured, or a goal is missed (the result files are written)
@@ -27,6 +32,7 @@ exit codes:
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -37,9 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 
 import torch
 
-from maha_megatron.attention.benchmark import cases, figures, gate, kernel_figures, measure
+from maha_megatron.attention.benchmark import cases, decode, figures, gate, kernel_figures, measure
 from maha_megatron.attention.benchmark.ahead import check_and_compile
 from maha_megatron.attention.benchmark.measure_kernels import measured as measured_kernels
+from maha_megatron.attention.benchmark.step_clock import CudaStepClock, HostStepClock
 from maha_megatron.attention.benchmark.subjects import DENSE, DTYPES, OURS, SUBJECTS, WINDOW, Setting
 from maha_megatron.attention.benchmark.turns import CudaClock
 from maha_megatron.attention.dispatch import BACKEND_NAMES
@@ -48,7 +55,7 @@ from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.rules import check_config
 from maha_megatron.errors import ConfigError, MahaError
 from maha_megatron.scales import RATIOS
-from maha_megatron.train import kernel_report
+from maha_megatron.train import decode_report, kernel_report
 from maha_megatron.train.result_files import markdown_table, write_result
 from maha_megatron.units import format_bytes
 
@@ -73,9 +80,11 @@ DEFAULTS = {
     },
     "cuda": {
         "lengths": list(cases.LENGTHS), "dtype": ["bf16"], "heads": 16, "width": 128,
-        "backend": "triton", "repeats": 20, "seconds": 0.5, "processes": min((os.cpu_count() or 2) // 2, 8),
+        "backend": "triton", "repeats": 20, "seconds": 0.5, "processes": min(max((os.cpu_count() or 1) - 2, 1), 14),
     },
 }  # fmt: skip
+DECODE_DEFAULTS = {"lengths": list(decode.CONTEXTS), "streams": list(decode.STREAMS)}
+NOT_OF_DECODE = ("preset", "flex", "processes", "seconds")
 OF_ONE_DEVICE = {"cpu": ("dense_limit", "threads"), "cuda": ("preset", "flex", "processes")}
 # what a preset says itself; its lengths, dtypes and backend may be others
 SAID_BY_PRESETS = (
@@ -92,8 +101,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--device", choices=tuple(DEFAULTS), default="cpu", help="(default %(default)s)")
     add("--preset", nargs="*", choices=cases.CASES, help="GPU: cases to measure; without names all of them")
+    add("--decode", action="store_true", help="measure one token, from a state and from a cache")
+    add("--streams", type=int, nargs="+", metavar="B", help="with --decode: sequences at once (default 1 and 32)")
     add("--lengths", type=int, nargs="+", metavar="ROWS", help="of a document (default: powers of 2 from 1 k, to 64 k "
-        "on a CPU and 128 k on a GPU; for general 4 k and 32 k)")  # fmt: skip
+        "on a CPU and 128 k on a GPU; for general 4 k and 32 k; with --decode 4 k, 64 k and 512 k)")  # fmt: skip
     add("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="(default: fp32 and bf16; GPU: bf16)")
     add("--dense-limit", type=int, help="CPU: longest length of dense attention (default 16384)")
     add("--heads", type=int, help="query heads (default 8; GPU: 16)")
@@ -112,13 +123,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--flex", action="store_true", help="GPU: FlexAttention beside the others; torch.compile takes its time")
     add("--backend", choices=BACKEND_NAMES, help="(default eager; GPU: triton)")
     add("--threads", type=int, help="CPU: of torch; default: torch's own choice")
-    add("--processes", type=int, help="GPU: that compile kernels ahead (default: half the cores, at most 8; 0: none)")
+    add("--processes", type=int, help="GPU: that compile kernels ahead (default: all cores but 2, at most 14; 0: none)")
     add("--repeats", type=int, help="timed passes of each (default 7; GPU: 20)")
     add("--seconds", type=float, help="no new pass of a length begins after these (default 20; GPU: 0.5)")
     add("--results", type=Path, default=ROOT / "tools" / "results", help="receives the result files")
     options = parser.parse_args(arguments)
     _refuse_what_is_not_read(parser, options)
-    for name, value in DEFAULTS[options.device].items():
+    defaults = DEFAULTS[options.device] | (DECODE_DEFAULTS if options.decode else {})
+    for name, value in defaults.items():
         if getattr(options, name) is None and not (name == "lengths" and options.preset is not None):
             setattr(options, name, value)
     if options.repeats < 3:
@@ -134,6 +146,11 @@ def _refuse_what_is_not_read(parser: argparse.ArgumentParser, options: argparse.
         for name in names:
             if device != options.device and getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} has no effect with --device {options.device}; remove it")
+    if options.streams and not options.decode:
+        parser.error("--streams has no effect without --decode; remove it")
+    without = [name for name in NOT_OF_DECODE if options.decode and getattr(options, name) != parser.get_default(name)]
+    if without:
+        parser.error(f"--{without[0]} has no effect with --decode; remove it")
     given = [name for name in SAID_BY_PRESETS if getattr(options, name) != parser.get_default(name)]
     if options.preset is not None and given:
         parser.error(f"--preset says --{given[0].replace('_', '-')} itself; remove one of the two")
@@ -308,6 +325,36 @@ def run_kernels(options: argparse.Namespace) -> int:
     return 0 if all(goal.met for goal in goals) else EXIT_MISSED_GOAL
 
 
+def run_decode(options: argparse.Namespace) -> int:
+    """Gate, measure, print, write: one token."""
+    check_options(options)
+    setting, on_gpu = setting_of(options), options.device == "cuda"
+    clock = CudaStepClock() if on_gpu else HostStepClock()
+    verdicts = {dtype: decode.check_step(setting, DTYPES[dtype], min(options.lengths)) for dtype in options.dtype}
+    for dtype, verdict in verdicts.items():
+        _say(f"{setting.backend} against naive, a token, {dtype}: {'equal' if verdict.green else 'WRONG'} ({verdict})")
+        if not verdict.green:
+            print(f"error: {setting.backend} is wrong in {dtype}, so no speed is shown: {verdict}", file=sys.stderr)
+            return EXIT_RED_GATE
+    rows = []
+    for dtype in options.dtype:
+        for streams in options.streams:
+            for context in sorted(options.lengths):
+                cache = on_gpu or context <= options.dense_limit
+                rows.append(
+                    decode.measured(setting, context, streams, dtype, clock, repeats=options.repeats, cache=cache)
+                )
+                parts = [f"{name} {1e6 * times.best_s:.0f} us" for name, times in rows[-1].times.items()]
+                _say(f"{dtype} {streams} streams, {context} tokens: {', '.join(parts)}")
+    goals = decode.goals(setting, rows)
+    text = decode_report.report(setting, rows, goals)
+    found = {"setting": setting, "rows": rows, "goals": goals, "gate": verdicts}
+    data = json.loads(json.dumps(found, default=dataclasses.asdict))
+    paths = write_result(options.results, "benchmark_attention_decode", text=text, data=data)
+    print(text, "", *paths, sep="\n")
+    return 0 if all(goal.met for goal in goals) else EXIT_MISSED_GOAL
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -316,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments(arguments)
     try:
+        if options.decode:
+            return run_decode(options)
         return run_kernels(options) if options.device == "cuda" else run(options)
     except MahaError as error:
         print(f"error: {error}", file=sys.stderr)

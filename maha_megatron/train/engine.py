@@ -32,7 +32,7 @@ from maha_megatron.data.batch import MicroBatch
 from maha_megatron.errors import CheckpointError, TrainingError
 from maha_megatron.model.bounds import document_bounds
 from maha_megatron.model.compiled import compile_pieces
-from maha_megatron.model.gpt import build_gpt
+from maha_megatron.model.gpt import Gpt, build_gpt
 from maha_megatron.model.init import initialise_parameters
 from maha_megatron.model.names import full_shape, logical_names, merge_shards
 from maha_megatron.model.solve_totals import SolveCounts, SolveTotals
@@ -75,6 +75,11 @@ class Engine:
     def optimizer_class(self) -> str:
         """Class that DeepSpeed chose around the torch optimizer; precision and ZeRO stage decide it."""
         return f"{type(self._inner.optimizer).__name__} around {type(self._inner.basic_optimizer).__name__}"
+
+    @property
+    def module(self) -> Gpt:
+        """The model of this rank."""
+        return self._inner.module
 
     # ---------------------------------------------------------------------------------------------- one step
 

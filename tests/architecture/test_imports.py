@@ -39,7 +39,11 @@ FENCES: dict[str, tuple[str, ...]] = {
     "cvxpylayers": ("maha_megatron/attention/aggregation/*",),
     "cvxpy": ("maha_megatron/attention/aggregation/*",),
     "triton": ("maha_megatron/attention/*",),
-    "transformers": ("maha_megatron/data/tokenizer*", "maha_megatron/checkpoint/hf/*"),
+    "transformers": (
+        "maha_megatron/data/tokenizer*",
+        "maha_megatron/checkpoint/hf/*",
+        "maha_megatron/train/llama_peer.py",
+    ),
     "sentencepiece": ("maha_megatron/data/*",),
     "datasets": ("data_prep/*",),
     "yaml": ("maha_megatron/config/*",),

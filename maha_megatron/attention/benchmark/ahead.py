@@ -20,7 +20,6 @@ from maha_megatron.attention.benchmark.peers import window
 from maha_megatron.attention.benchmark.subjects import DTYPES, WINDOW, Setting, draw_inputs, maha
 from maha_megatron.errors import MahaError
 
-_THREADS = 2
 _MEMORY_FRAC = 0.9  # of the device, for all processes together
 
 
@@ -65,27 +64,31 @@ def _checks(cases: Sequence[Case], dtypes: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _compilations(cases: Sequence[Case], dtypes: Sequence[str]) -> Iterator[tuple[Setting, int, str, bool]]:
-    """Every operator and length, and whether its window is measured too; the longest first, since it takes longest."""
+    """Every operator and length, and whether its window is measured too; the most scales first: they take longest."""
     wanted = {
-        (setting, length, dtype, WINDOW in case.subjects)
-        for case in cases for setting in case.ours.values() for length in case.lengths for dtype in dtypes
+        (replace(setting, mixed=False), length, dtype): WINDOW in case.subjects
+        for case in sorted(cases, key=lambda case: WINDOW in case.subjects)
+        for setting in case.ours.values() for length in case.lengths for dtype in dtypes
     }  # fmt: skip
-    return iter(sorted(wanted, key=lambda task: (-task[1], repr(task))))
+    return iter(sorted(((*task, window) for task, window in wanted.items()), key=lambda task: (-task[1], repr(task))))
 
 
 def _compile(setting: Setting, length: int, dtype: str, with_window: bool) -> None:
-    """Run the operator, and its window, once, forward and backward."""
-    inputs = draw_inputs(setting, length, DTYPES[dtype])
+    """Run the operator, and its window, once, forward and backward.
+
+    Kernels do not depend on where documents end, so that the rows of a short call do for every length.
+    """
+    inputs = draw_inputs(setting, length, DTYPES[dtype], (setting.call_rows or length,))
     for subject in (maha, window) if with_window else (maha,):
         with contextlib.suppress(RuntimeError):  # what cannot run here is named where it is measured
             subject(setting, inputs)()
-            torch.cuda.synchronize()
-    del inputs
-    torch.cuda.empty_cache()
+    if setting.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _take_a_share(processes: int) -> None:
     """Of the cores and of the device's memory: too large a pass fails alone, and is then not compiled ahead."""
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(_MEMORY_FRAC / processes)

@@ -11,7 +11,7 @@ from maha_megatron.scales import complete_blocks, stride
 _SCALES_AT_OWN_RATIO = 3
 _DOCUMENT_ROWS, _TAIL_ROWS = 90, 26  # at least; and beyond two blocks of the coarsest scale, so that its window slides
 # of the largest reference value: half a unit of bf16 and fp16, and some thirty of fp32, where the order of sums differs
-_FLOOR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-18, torch.float64: 1e-10}
+FLOOR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-18, torch.float64: 1e-10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def _compared(setting: Setting, dtype: torch.dtype, ratio: int, scales: int) -> 
         scale = max(reference.abs().max().item(), 0.1)
         error = (found[name].double() - reference).abs().max().item() / scale
         plain_error = (plain[name].double() - reference).abs().max().item() / scale
-        compared[name] = error, max(2 * plain_error, _FLOOR[dtype])
+        compared[name] = error, max(2 * plain_error, FLOOR[dtype])
     return compared
 
 

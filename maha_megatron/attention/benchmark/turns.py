@@ -111,6 +111,15 @@ class CudaClock:
         run.backward(out)
         return Memory(kept_bytes=kept, peak_bytes=torch.cuda.max_memory_allocated() - before)
 
+    def alone_s(self, run: Callable[[], object], repeats: int) -> float:
+        """Seconds of a short piece of work, the cache flushed before each: the median of `repeats` after a warm-up."""
+
+        def swept() -> None:
+            torch.cuda.synchronize()
+            self._sweep()
+
+        return self._seconds(run, repeats, swept)
+
     def card(self) -> Card:
         """This card's own rates: a product of two square matrices in bf16, a copy of 1 GiB."""
         a, b = (torch.randn(_PRODUCT_WIDTH, _PRODUCT_WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -124,10 +133,11 @@ class CudaClock:
         self._swept.add_(1)
 
     @staticmethod
-    def _seconds(run: Callable[[], object], repeats: int) -> float:
+    def _seconds(run: Callable[[], object], repeats: int, before: Callable[[], None] = lambda: None) -> float:
         """The median of event-timed repeats, after one that is not timed."""
         taken = []
         for _ in range(repeats + 1):
+            before()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()

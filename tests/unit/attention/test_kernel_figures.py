@@ -112,7 +112,24 @@ def test_the_gate_is_asked_once_for_each_operator(monkeypatch):
     assert len(asked) == len(verdicts) == len({(setting, lengths) for setting, _, lengths in asked})
     assert {"kv16, maha, bf16", "kv8, maha, bf16", "d64, maha, bf16", "general, nash, bf16"} <= set(verdicts)
     assert not any(words.startswith("packed") for words in verdicts)
-    assert len(set(ahead._compilations(every, ["bf16"]))) == 4 * len(cases.LENGTHS) + 6 * len(cases.GENERAL_LENGTHS)
+    compiled = list(ahead._compilations(every, ["bf16"]))
+    # mixed documents need no kernels of their own, nor does the general case's default operator
+    assert len(set(compiled)) == len(compiled) == 3 * len(cases.LENGTHS) + 5 * len(cases.GENERAL_LENGTHS)
+    assert sum(with_window for *_, with_window in compiled) == 3 * len(cases.LENGTHS)
+
+
+def test_other_processes_check_and_compile(monkeypatch):
+    """What a process compiles, it runs: on rows of one call, whatever the length."""
+    case = case_of(SMALL, "small", [64, 256])
+    verdicts = ahead.check_and_compile([case], ["fp32"], 1)
+    assert list(verdicts) == ["small, maha, fp32"]
+    assert all(verdict.green for verdict in verdicts.values())
+    ran = []
+    monkeypatch.setattr(ahead, "maha", lambda setting, inputs: lambda: ran.append(("maha", len(inputs.q_tnd))))
+    monkeypatch.setattr(ahead, "window", lambda setting, inputs: lambda: ran.append(("window", inputs.length)))
+    for task in ahead._compilations([case], ["fp32"]):
+        ahead._compile(*task)
+    assert ran == [("maha", 128), ("window", 256), ("maha", 128), ("window", 64)]
 
 
 def test_without_a_gpu_the_cuda_clock_says_so():

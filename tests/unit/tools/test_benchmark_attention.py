@@ -10,7 +10,7 @@ import torch
 
 from maha_megatron.attention import dispatch
 from maha_megatron.attention.aggregation import quadratic
-from maha_megatron.attention.benchmark import gate, measure
+from maha_megatron.attention.benchmark import decode, gate, measure
 from maha_megatron.attention.benchmark.subjects import Setting
 from maha_megatron.attention.spec import MahaSpec
 from tests.support.runs import ROOT, tool
@@ -190,3 +190,49 @@ def test_goals_decide_the_exit_code_in_their_setting(main, measured, seconds, co
     for other in (["--convolution"], ["--heads", "4"], ["--lengths", "2048"]):
         assert main([*arguments, *other]) == 0
         assert "| goal" not in capsys.readouterr().out
+
+
+def test_a_token_is_measured_and_kept(main, tmp_path, capsys):
+    small = ["--heads", "4", "--kv-groups", "2", "--width", "16", "--dtype", "fp32", "--repeats", "3"]
+    arguments = ["--decode", *small, "--streams", "1", "2", "--lengths", "64", "1024", "--dense-limit", "64"]
+    assert main([*arguments, "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("benchmark_attention_decode_*.json")
+    record = json.loads(path.read_text())
+    assert [(row["streams"], row["context"]) for row in record["rows"]] == [(1, 64), (1, 1024), (2, 64), (2, 1024)]
+    for row in record["rows"]:
+        cached = set(row["times"]) | set(row["unavailable"])
+        assert cached == ({"maha", "cudnn", "flash", "efficient"} if row["context"] == 64 else {"maha"})
+    assert record["goals"] == []
+    printed = capsys.readouterr()
+    assert "eager against naive, a token, fp32: equal" in printed.err
+    assert "| fp32 | 1024 | 2 | " in printed.out
+    assert "not measured: cudnn: RuntimeError" in printed.out
+
+
+def test_a_wrong_token_is_red(main, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(decode, "check_step", lambda *_: gate.Verdict(errors={"out": 2.0}, bounds={"out": 1.0}))
+    assert main(["--decode", "--dtype", "fp32", "--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "error: eager is wrong in fp32, so no speed is shown: out 2 > 1" in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--streams 2", "--streams has no effect without --decode"),
+        ("--decode --seconds 3", "--seconds has no effect with --decode"),
+        ("--device cuda --decode --preset", "--preset has no effect with --decode"),
+    ],
+)
+def test_options_of_the_other_measurement_are_refused(main, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pooled_queries_cannot_decode(main, capsys):
+    assert main(["--decode", "--queries", "pooled", "--dtype", "fp32", "--lengths", "1024"]) == 2
+    assert "pooled queries cannot run in pieces" in capsys.readouterr().err
