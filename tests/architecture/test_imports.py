@@ -41,7 +41,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "triton": ("maha_megatron/attention/*",),
     "transformers": ("maha_megatron/data/tokenizer*", "maha_megatron/checkpoint/hf/*"),
     "sentencepiece": ("maha_megatron/data/*",),
-    "datasets": ("data_prep/*",),
+    "datasets": ("maha_megatron/data/prepare/hub.py",),
     "yaml": ("maha_megatron/config/*",),
 }
 TORCH_FREE = ("errors", "units", "scales", "config", "scaling")

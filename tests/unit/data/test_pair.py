@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from maha_megatron.data.indexed import open_indexed
+from maha_megatron.data.pair import open_pair
 from maha_megatron.errors import DataError
 from tests.support.pairs import random_documents
 
@@ -18,7 +18,7 @@ def edit(path: str, change: Callable[[bytes], bytes]) -> None:
 
 
 def test_a_pair_of_other_tools_opens_unchanged(prefix: str) -> None:
-    assert [document.tolist() for document in open_indexed(prefix)] == random_documents(5)
+    assert [document.tolist() for document in open_pair(prefix)] == random_documents(5)
 
 
 @pytest.mark.parametrize(
@@ -38,22 +38,22 @@ def test_a_pair_of_other_tools_opens_unchanged(prefix: str) -> None:
 def test_a_damaged_pair_is_refused(prefix: str, ending: str, change: Callable[[bytes], bytes], message: str) -> None:
     edit(f"{prefix}.{ending}", change)
     with pytest.raises(DataError, match=message) as caught:
-        open_indexed(prefix)
+        open_pair(prefix)
     assert "data_prep/preprocess.py" in str(caught.value)
 
 
 def test_a_pair_without_tokens_is_refused(write_pair: Callable[..., str]) -> None:
     with pytest.raises(DataError, match="holds no tokens"):
-        open_indexed(write_pair("empty", []))
+        open_pair(write_pair("empty", []))
 
 
 def test_a_missing_pair_says_what_is_near(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"did you mean .*corpus_text_document\?"):
-        open_indexed(str(tmp_path / "corpus"))
+        open_pair(str(tmp_path / "corpus"))
     with pytest.raises(DataError, match=r"without its ending; write .*corpus_text_document$"):
-        open_indexed(f"{prefix}.bin")
+        open_pair(f"{prefix}.bin")
     with pytest.raises(DataError, match=r"make it with data_prep/preprocess\.py"):
-        open_indexed(str(tmp_path / "elsewhere"))
+        open_pair(str(tmp_path / "elsewhere"))
     Path(f"{prefix}.bin").unlink()
     with pytest.raises(DataError, match=r"\.bin does not exist"):
-        open_indexed(prefix)
+        open_pair(prefix)
