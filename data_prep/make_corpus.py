@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maha_megatron.data import writing
 from maha_megatron.data.prepare.corpus import available_versions, machine_texts
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
 from maha_megatron.data.prepare.stage import (
@@ -24,7 +25,7 @@ from maha_megatron.data.prepare.stage import (
     run_command,
     write_record,
 )
-from maha_megatron.data.writing import whole_file, write
+from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError
 from maha_megatron.units import format_bytes
 
@@ -98,7 +99,7 @@ def write_corpus(options: argparse.Namespace) -> dict[str, Any]:
             if options.bytes is not None and text_bytes + len(content) > options.bytes:
                 break
             line = json.dumps({"text": content.decode(), "source": source}, ensure_ascii=False) + "\n"
-            write(stream, line.encode())
+            writing.write(stream, line.encode())
             digest = digest.join(digest_of([content]))
             text_bytes += len(content)
             taken[origin]["documents"] += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from maha_megatron.data.prepare.spool import remove_leftover
 from maha_megatron.data.prepare.stage import (
     document_progress,
     finished_record,
@@ -103,6 +104,7 @@ def main() -> None:
         arguments = _arguments(options, key)
         outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if not options.force and finished_record(manifest_path(prefix), outputs, arguments):
+            remove_leftover(prefix)
             manifest = read_manifest(prefix)
             print(f"preprocess: done already: {prefix} (--force makes it again)")
         else:

@@ -1,6 +1,7 @@
 """Writing files so that a name never stands for half a content. Standard library only.
 
-Every byte that data preparation and the sample index put on a disk passes through `write`.
+Every byte that data preparation and the sample index put on a disk passes through `write`; it is called by the name
+of this module, so that a test can fill the disk in one place.
 """
 
 import os

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from maha_megatron.data import writing
 from maha_megatron.data.layout import HEADER, ITEM_TYPES, MAGIC, VERSION
-from maha_megatron.data.writing import settle, whole_file, write
+from maha_megatron.data.writing import settle, whole_file
 
 CHUNK_ITEMS = 1 << 20
 Chunks = Callable[[], Iterable[np.ndarray]]
@@ -36,13 +37,13 @@ def write_index(path: Path, *, code: int, sequences: int, bounds: int, lengths: 
         DataError: The file cannot be written.
     """
     with whole_file(path) as partial, partial.open("wb") as stream:
-        write(stream, HEADER.pack(MAGIC, VERSION, code, sequences, bounds))
+        writing.write(stream, HEADER.pack(MAGIC, VERSION, code, sequences, bounds))
         for chunk in lengths():
-            write(stream, chunk.astype("<i4").tobytes())
+            writing.write(stream, chunk.astype("<i4").tobytes())
         for chunk in _offsets(lengths(), np.dtype(ITEM_TYPES[code]).itemsize):
-            write(stream, chunk.astype("<i8").tobytes())
+            writing.write(stream, chunk.astype("<i8").tobytes())
         for chunk in documents():
-            write(stream, chunk.astype("<i8").tobytes())
+            writing.write(stream, chunk.astype("<i8").tobytes())
         settle(stream)
 
 

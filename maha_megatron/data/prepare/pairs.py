@@ -9,12 +9,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from maha_megatron.data import writing
 from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256, read_checksums
 from maha_megatron.data.layout import PairIndex, read_index
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.index_file import in_chunks, write_index
-from maha_megatron.data.writing import settle, whole_file, write
+from maha_megatron.data.writing import settle, whole_file
 from maha_megatron.errors import DataError
 
 COPIED_AT_ONCE = 1 << 22
@@ -249,7 +250,7 @@ def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int
                 content = source.read(min(COPIED_AT_ONCE, begin - data))
                 if not content:
                     raise DataError(f"{part.prefix}.bin became shorter while it was read")
-                write(target, content)
+                writing.write(target, content)
                 if count:
                     sums.add(np.frombuffer(content, dtype=part.index.item_type))
                 else:

@@ -11,15 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from maha_megatron.data import writing
 from maha_megatron.data.checksums import checksums_path
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from maha_megatron.data.prepare.blocks import InputFile, divide, read_blocks
 from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.pairs import merge_pairs
-from maha_megatron.data.prepare.spool import Spool, bad_lines_path
+from maha_megatron.data.prepare.spool import Spool, bad_lines_path, remove_leftover
 from maha_megatron.data.prepare.stage import finished_record
-from maha_megatron.data.writing import whole_file, write
+from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError, MahaError
 
 QUEUE_WAIT_S = 0.2
@@ -153,11 +154,12 @@ def _join_bad_lines(parts: Sequence[Path], prefix: Path) -> None:
     if found:
         with whole_file(bad_lines_path(prefix)) as joined, joined.open("wb") as stream:
             for path in found:
-                write(stream, path.read_bytes())
+                writing.write(stream, path.read_bytes())
 
 
 def remove_pair(prefix: Path) -> None:
     """Remove a pair and what lies beside it, the manifest first."""
+    remove_leftover(prefix)
     for path in (manifest_path(prefix), checksums_path(prefix), bad_lines_path(prefix)):
         path.unlink(missing_ok=True)
     for ending in ("bin", "idx"):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from maha_megatron.data import writing
 from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256
 from maha_megatron.data.layout import ITEM_TYPES
 from maha_megatron.data.manifest import Manifest, SourceRecord, manifest_path, write_manifest
@@ -25,7 +26,7 @@ from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.encoding import EncodedBlock
 from maha_megatron.data.prepare.index_file import CHUNK_ITEMS, token_code, write_index
 from maha_megatron.data.tokenizer import Tokenizer
-from maha_megatron.data.writing import cannot_write, settle, write, write_whole
+from maha_megatron.data.writing import cannot_write, settle, write_whole
 from maha_megatron.errors import DataError
 
 COMMIT_INTERVAL_S = 2.0
@@ -48,7 +49,7 @@ class Spool:
     def __init__(self, prefix: Path, tokenizer: Tokenizer, arguments: dict[str, Any]):
         self.prefix, self._tokenizer = prefix, tokenizer
         self._arguments = json.loads(json.dumps(arguments))
-        self._folder = prefix.with_name(f"{prefix.name}.partial")
+        self._folder = _folder(prefix)
         self._state_path = self._folder / "state.json"
         self.code = token_code(tokenizer.vocabulary)
         self._sums = TokenSums(tokenizer.vocabulary)
@@ -84,10 +85,10 @@ class Spool:
             DataError: It cannot be written; what was committed stays for the next run.
         """
         try:
-            write(self._streams["tokens"], memoryview(block.ids).cast("B"))
-            write(self._streams["lengths"], block.lengths.astype(LENGTH).tobytes())
+            writing.write(self._streams["tokens"], memoryview(block.ids).cast("B"))
+            writing.write(self._streams["lengths"], block.lengths.astype(LENGTH).tobytes())
             for bad in block.bad:
-                write(self._streams["bad"], (json.dumps(asdict(bad)) + "\n").encode())
+                writing.write(self._streams["bad"], (json.dumps(asdict(bad)) + "\n").encode())
                 self.bad_lines[bad.kind] = self.bad_lines.get(bad.kind, 0) + 1
             self._sums.add(block.ids)
             self._count(block)
@@ -267,6 +268,15 @@ class Spool:
             write_whole(kept, (self._folder / "bad").read_bytes())
         else:
             kept.unlink(missing_ok=True)
+
+
+def remove_leftover(prefix: Path) -> None:
+    """Remove what a run left that was killed after its last step; only where the pair is finished."""
+    shutil.rmtree(_folder(prefix), ignore_errors=True)
+
+
+def _folder(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.partial")
 
 
 def bad_lines_path(prefix: Path) -> Path:
