@@ -1,6 +1,8 @@
 """Merging and splitting pairs in constant memory, with 64-bit offsets; holes of sparse files stay holes."""
 
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +124,7 @@ def split_pair(
                 documents=documents,
                 tokens=(end - begin) // index.item_type.itemsize,
                 text_bytes=None,
-                text_digest=f"{manifest.text_digest}[{first}:{first + documents}]",
+                text_digest=_hashed(manifest.text_digest, first, first + documents),
                 sources=(),
                 bad_lines={},
                 arguments={**arguments, "part": share},
@@ -163,11 +165,15 @@ def _check_of_one_kind(parts: Sequence[_Part], manifests: Sequence[Manifest | No
 
 def _joined_digest(manifests: Sequence[Manifest]) -> str:
     if any("-" not in manifest.text_digest for manifest in manifests):  # of format 1 or of a split: they do not join
-        return "+".join(manifest.text_digest for manifest in manifests)
+        return _hashed(*(manifest.text_digest for manifest in manifests))
     joined = TextDigest()
     for manifest in manifests:
         joined = joined.join(parse_digest(manifest.text_digest))
     return joined.hex
+
+
+def _hashed(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _joined_sources(manifests: Sequence[Manifest]) -> tuple:
