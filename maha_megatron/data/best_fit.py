@@ -23,11 +23,11 @@ def best_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, int]:
     sample = np.empty(lengths.size, dtype=np.int64)
     by_length = np.argsort(lengths, kind="stable")
     present, begins = np.unique(lengths[by_length], return_index=True)
-    ends = [*begins[1:], lengths.size]
+    ends = np.append(begins, lengths.size)[1:]
     is_open = np.zeros(room + 1, dtype=bool)  # whether samples with that much room left exist
     samples_with: dict[int, list[np.ndarray]] = defaultdict(list)
     samples = 0
-    for length, begin, end in zip(present[::-1].tolist(), begins[::-1].tolist(), ends[::-1], strict=True):
+    for length, begin, end in zip(present[::-1].tolist(), begins[::-1].tolist(), ends[::-1].tolist(), strict=True):
         items = by_length[begin:end]
         for left in (np.flatnonzero(is_open[length:]) + length).tolist():
             if not items.size:

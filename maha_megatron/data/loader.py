@@ -7,9 +7,10 @@ topology. Accumulation step a of data-parallel rank r takes, for j = 0 .. micro_
     consumed + (a * data_parallel_size + r) * micro_batch_samples + j.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,34 @@ class Loader:
             for name, order, share, count in zip(
                 self._sources.names, self._orders, self._mixture.shares, taken.tolist(), strict=True
             )
+        ]
+
+    def build_indexes(self, consumed_samples: int) -> int:
+        """Build every index that a run which consumes so many samples reads, and the first of each source.
+
+        Returns:
+            How many are stored; small sources need none.
+        """
+        stored = 0
+        for order, share in zip(self._orders, self.shares(consumed_samples), strict=True):
+            epochs = max(1, math.ceil(share.epochs)) if order.is_stored else 0
+            for epoch in range(epochs):
+                order.epoch(epoch)
+            stored += epochs
+        return stored
+
+    def describe_sources(self, consumed_samples: int) -> list[dict[str, Any]]:
+        """What each source holds, and what a run that consumes so many samples takes of it, as plain data."""
+        return [
+            {
+                **asdict(share),
+                "documents": order.documents,
+                "tokens": order.tokens,
+                "samples_per_epoch": order.samples_per_epoch,
+                "cuts": order.cuts,
+                "padding_frac": order.padding_frac,
+            }
+            for order, share in zip(self._orders, self.shares(consumed_samples), strict=True)
         ]
 
     def sample_range(self, consumed_samples: int) -> range:

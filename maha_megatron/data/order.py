@@ -9,10 +9,10 @@ import json
 import logging
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import numpy as np
 
 from maha_megatron.data.epoch_index import (
@@ -218,7 +218,7 @@ class SourceOrder:
         description = {
             "plan": asdict(plan),
             "lengths": self._lengths_digest,
-            "megatron-core": megatron.core.__version__,
+            "megatron-core": version("megatron-core"),
             "epoch": epoch,
         }
         folder = self._cache / f"{Path(self.prefix).name}-{self._split}-epoch{epoch}-{_key(description)}"
