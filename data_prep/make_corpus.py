@@ -7,14 +7,15 @@ text that this machine already has. With --input it takes any folder, .txt, .jso
 """
 
 import argparse
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maha_megatron.data import writing
 from maha_megatron.data.prepare.corpus import available_versions, machine_texts
+from maha_megatron.data.prepare.digest import TextDigest, digest_of
 from maha_megatron.data.prepare.stage import (
     finished_record,
     input_identity,
@@ -22,9 +23,9 @@ from maha_megatron.data.prepare.stage import (
     progress_bar,
     record_path,
     run_command,
-    whole_file,
     write_record,
 )
+from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError
 from maha_megatron.units import format_bytes
 
@@ -82,12 +83,12 @@ def main() -> None:
 def write_corpus(options: argparse.Namespace) -> dict[str, Any]:
     """Write the documents and return what was taken."""
     taken: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
-    digest = hashlib.sha256()
+    digest = TextDigest()
     files = []
     text_bytes = without_text = 0
     with (
         whole_file(options.output) as partial,
-        partial.open("w", encoding="utf-8") as stream,
+        partial.open("wb") as stream,
         progress_bar(options.bytes, "corpus") as advance,
     ):
         for origin, source, text in _documents(options):
@@ -97,8 +98,9 @@ def write_corpus(options: argparse.Namespace) -> dict[str, Any]:
             content = text.encode("utf-8", "replace")
             if options.bytes is not None and text_bytes + len(content) > options.bytes:
                 break
-            stream.write(json.dumps({"text": content.decode(), "source": source}, ensure_ascii=False) + "\n")
-            digest.update(len(content).to_bytes(8, "little") + content)
+            line = json.dumps({"text": content.decode(), "source": source}, ensure_ascii=False) + "\n"
+            writing.write(stream, line.encode())
+            digest = digest.join(digest_of([content]))
             text_bytes += len(content)
             taken[origin]["documents"] += 1
             taken[origin]["bytes"] += len(content)
@@ -110,7 +112,7 @@ def write_corpus(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "documents": sum(part["documents"] for part in taken.values()),
         "text_bytes": text_bytes,
-        "sha256": digest.hexdigest(),
+        "digest": digest.hex,
         "taken": dict(taken),
         "without_text": without_text,
         "files": files,
@@ -133,26 +135,17 @@ def _documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str | No
 
 
 def _hub_documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str | None]]:
-    import datasets
+    from maha_megatron.data.prepare.hub import HubSet, text_of_row
 
-    try:
-        rows = datasets.load_dataset(
-            options.dataset, options.dataset_config, split=options.dataset_split, streaming=True
-        )
-        for number, row in enumerate(rows):
-            if options.json_keys not in row:
-                raise DataError(f"{options.dataset} has the fields {', '.join(row)}: name one by --json-keys")
-            text = row[options.json_keys]
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"field {options.json_keys!r} of {options.dataset} holds no text but {type(text).__name__}: "
-                    "name another by --json-keys"
-                )
-            yield options.dataset, f"{options.dataset}:{number}", text
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"data set {options.dataset} cannot be streamed ({error})") from error
+    source = HubSet(name=options.dataset, config=options.dataset_config, split=options.dataset_split)
+    for number, row in enumerate(source.rows()):
+        text = text_of_row(source, row, options.json_keys)
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"field {options.json_keys!r} of {options.dataset} holds no text but {type(text).__name__}: "
+                "name another by --json-keys"
+            )
+        yield options.dataset, f"{options.dataset}:{number}", text
 
 
 if __name__ == "__main__":

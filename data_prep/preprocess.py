@@ -1,23 +1,42 @@
 #!/usr/bin/env python3
 """Tokenise text into Megatron .bin/.idx pairs, named as Megatron names them: <output-prefix>_<key>_document.
 
-Reads .jsonl(.gz/.zst), .parquet, text files and folders of these; the flags are those of Megatron's preprocessing.
-The pair is what data.train of a run's configuration names; beside it lies a manifest with the tokenizer's
-fingerprint, which training checks.
+Reads .jsonl(.gz/.zst), .parquet, text files, folders of these, and data sets of the `datasets` package (--dataset);
+the flags are those of Megatron's preprocessing. The pair is what data.train of a run's configuration names; beside it
+lie a manifest with the tokenizer's fingerprint, which training checks, and checksums. A run that was killed continues
+when the same command is given again, and the bytes are the same; neither --workers nor --partitions changes them.
+
+Lines that give no document (no JSON, not UTF-8, no such field, no text in it) and files that cannot be read are left
+out, counted, and listed in <prefix>.bad_lines.jsonl; with --strict the first one ends the run.
 """
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
-from maha_megatron.data.prepare.stage import finished_record, input_identity, progress_bar, run_command
+from maha_megatron.data.prepare.spool import remove_leftover
+from maha_megatron.data.prepare.stage import (
+    document_progress,
+    finished_record,
+    input_identity,
+    parse_bytes,
+    run_command,
+)
 from maha_megatron.errors import DataError
 from maha_megatron.units import format_count
 
 WORTH_A_WORKER_BYTES = 8_000_000
+TYPES = {
+    "SentencePieceTokenizer": "SentencePieceTokenizer",
+    "Llama2Tokenizer": "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer": "SentencePieceTokenizer",
+    "HuggingFaceTokenizer": "HuggingFaceTokenizer",
+    "GPT2BPETokenizer": "HuggingFaceTokenizer",
+}
+"""Megatron's names of tokenizers, and the class of ours that reads them."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,49 +44,90 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz/.zst), .parquet, text files or folders")
-    parser.add_argument("--output-prefix", required=True, help="path of the pairs without _<key>_document.bin")
-    parser.add_argument("--tokenizer-model", required=True, help=".model file, tokenizer.json or Hugging Face folder")
-    parser.add_argument(
-        "--tokenizer-type",
-        choices=("SentencePieceTokenizer", "HuggingFaceTokenizer"),
-        help="what --tokenizer-model must be (default: what it is)",
+    source = parser.add_argument_group("input")
+    source.add_argument("--input", nargs="+", default=[], help=".jsonl(.gz/.zst), .parquet, text files or folders")
+    source.add_argument("--dataset", help="instead: a data set of the hub, or a local folder of one, streamed")
+    source.add_argument("--dataset-config", help="its configuration")
+    source.add_argument("--dataset-split", default="train", help="its split (default: train)")
+    source.add_argument("--json-keys", nargs="+", default=["text"], help="fields to make a pair of (default: text)")
+    source.add_argument("--licence", default="", help="kept in the manifest; default: what the data set says")
+    source.add_argument("--revision", help="of the input, kept in the manifest; of a hub data set the one to read")
+    source.add_argument("--strict", action="store_true", help="stop at the first bad line, with file and line")
+    source.add_argument(
+        "--longest-document",
+        type=parse_bytes,
+        default=parse_bytes("16MB"),
+        help="longer lines are left out and counted; tokenising one takes about 150 times its bytes (default: 16MB)",
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="fields to make a pair of (default: text)")
-    parser.add_argument(
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-model", help=".model file, tokenizer.json or Hugging Face folder")
+    tokenizer.add_argument("--vocab-file", help="instead, of a byte-level BPE: vocab.json")
+    tokenizer.add_argument("--merge-file", help="and its merges.txt")
+    tokenizer.add_argument("--tokenizer-type", choices=TYPES, help="what it must be (default: what it is)")
+    tokenizer.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end every document with the end-of-document token",
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one per core, fewer where the input is small)")
-    parser.add_argument("--force", action="store_true", help="run again although it is done")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", required=True, help="path of the pairs without _<key>_document.bin")
+    output.add_argument("--workers", type=int, help="that tokenise (default: one per core, fewer for small inputs)")
+    output.add_argument("--partitions", type=int, default=1, help="reading processes, for hundreds of cores")
+    output.add_argument("--force", action="store_true", help="run again although it is done")
     options = parser.parse_args()
-    if options.workers is not None and options.workers < 1:
-        parser.error("--workers must be at least 1")
+    _check(parser, options)
     return options
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name in ("workers", "partitions"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if bool(options.input) == bool(options.dataset):
+        parser.error("give --input or --dataset")
+    if options.dataset and options.partitions > 1:
+        parser.error("--partitions cuts files, and --dataset is one stream: leave it out")
+    if options.dataset is None and (options.dataset_config or options.dataset_split != "train"):
+        parser.error("--dataset-config and --dataset-split belong to --dataset")
+    if bool(options.vocab_file) != bool(options.merge_file) or bool(options.vocab_file) == bool(
+        options.tokenizer_model
+    ):
+        parser.error("give --tokenizer-model, or --vocab-file with --merge-file")
 
 
 def main() -> None:
     """Write one pair per key, or say that it is there."""
     options = parse_arguments()
-    identity = input_identity(options.input)
     for key in options.json_keys:
         prefix = Path(f"{options.output_prefix}_{key}_document")
-        arguments = {
-            "input": identity,
-            "key": key,
-            "tokenizer": input_identity([options.tokenizer_model]),
-            "append_eod": options.append_eod,
-        }
+        arguments = _arguments(options, key)
         outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if not options.force and finished_record(manifest_path(prefix), outputs, arguments):
+            remove_leftover(prefix)
             manifest = read_manifest(prefix)
             print(f"preprocess: done already: {prefix} (--force makes it again)")
         else:
             manifest = _write(options, key, prefix, arguments)
         assert manifest is not None
         report(prefix, manifest)
+
+
+def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
+    """What the pair depends on. What is as it always was is left out, so that pairs of older versions stay done."""
+    if options.dataset:
+        source: list[Any] = [options.dataset, options.dataset_config, options.dataset_split, options.revision]
+    else:
+        source = input_identity(options.input)
+    tokenizer = [options.tokenizer_model] if options.tokenizer_model else [options.vocab_file, options.merge_file]
+    arguments = {"input": source, "key": key, "tokenizer": input_identity(tokenizer), "append_eod": options.append_eod}
+    if options.longest_document != parse_bytes("16MB"):
+        arguments["longest_document"] = options.longest_document
+    if options.strict:
+        arguments["strict"] = True
+    if options.licence or options.revision:
+        arguments["licence and revision"] = [options.licence, options.revision]
+    return arguments
 
 
 def report(prefix: Path, manifest: Manifest) -> None:
@@ -77,6 +137,12 @@ def report(prefix: Path, manifest: Manifest) -> None:
         f" {manifest.bytes_per_token:.3f} bytes per token ({1 / manifest.bytes_per_token:.3f} tokens per byte),"
         f" unigram entropy {manifest.unigram_entropy_nats:.3f} nats per token"
     )
+    if manifest.bad_lines:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.bad_lines.items()))
+        print(
+            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files gave no document ({kinds}); they"
+            f" are listed in {prefix}.bad_lines.jsonl"
+        )
     print(
         f"preprocess: in a configuration: data.train: [{{prefix: {prefix}}}], model.vocabulary: {manifest.vocabulary}"
     )
@@ -85,38 +151,63 @@ def report(prefix: Path, manifest: Manifest) -> None:
 def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[str, Any]) -> Manifest:
     _check_tokenizer_type(options)
 
+    from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
     from maha_megatron.data.prepare.encode import write_pair
+    from maha_megatron.data.prepare.encoding import EncodingSettings
+    from maha_megatron.data.prepare.hub import HubSet, hub_blocks
+    from maha_megatron.data.prepare.partitions import write_in_partitions
 
-    total_bytes = sum(size for _, size, _ in arguments["input"])
-    with progress_bar(total_bytes, f"preprocess {key}") as advance:
+    settings = EncodingSettings(
+        tokenizer=options.tokenizer_model or options.vocab_file,
+        merges=options.merge_file,
+        append_end=options.append_eod,
+        key=key,
+        strict=options.strict,
+        longest_bytes=options.longest_document,
+    )
+    total_bytes = None if options.dataset else sum(size for _, size, _ in arguments["input"])
+    common = {
+        "settings": settings,
+        "workers": options.workers or _default_workers(total_bytes),
+        "arguments": arguments,
+        "say": lambda text: print(f"preprocess: {text}"),
+        "revisions": dict.fromkeys(options.input, (options.licence, options.revision or "")),
+    }
+    with document_progress(total_bytes, f"preprocess {key}") as update:
+        if options.partitions > 1:
+            files = list_inputs(options.input)
+            return write_in_partitions(files, prefix, partitions=options.partitions, advance=update, **common)
+        if options.dataset:
+            source = HubSet(
+                name=options.dataset,
+                config=options.dataset_config,
+                split=options.dataset_split,
+                revision=options.revision,
+            )
+            common["revisions"] = {source.name: (options.licence or source.licence(), options.revision or "")}
+            blocks = partial(hub_blocks, source, key)
+        else:
+            blocks = partial(read_blocks, list_inputs(options.input), key, longest_bytes=options.longest_document)
         return write_pair(
-            _texts(options.input, key),
+            blocks,
             prefix,
-            tokenizer_path=options.tokenizer_model,
-            append_end=options.append_eod,
-            workers=options.workers or _default_workers(total_bytes),
-            arguments=arguments,
-            advance=advance,
+            advance=lambda spool: update(spool.documents, spool.text_bytes, spool.read_bytes),
+            **common,
         )
 
 
-def _default_workers(total_bytes: int) -> int:
-    return min(os.cpu_count() or 1, 1 + total_bytes // WORTH_A_WORKER_BYTES)
+def _default_workers(total_bytes: int | None) -> int:
+    cores = os.cpu_count() or 1
+    return cores if total_bytes is None else min(cores, 1 + total_bytes // WORTH_A_WORKER_BYTES)
 
 
 def _check_tokenizer_type(options: argparse.Namespace) -> None:
     from maha_megatron.data.tokenizer import load_tokenizer
 
-    kind = type(load_tokenizer(options.tokenizer_model)).__name__
-    if options.tokenizer_type not in (None, kind):
-        raise DataError(f"--tokenizer-model {options.tokenizer_model} is a {kind}, not a {options.tokenizer_type}")
-
-
-def _texts(inputs: Sequence[str], key: str) -> Iterator[str]:
-    from maha_megatron.data.prepare.documents import read_documents
-
-    for document in read_documents(inputs, key=key):
-        yield document.text
+    path = options.tokenizer_model or options.vocab_file
+    kind = type(load_tokenizer(path, options.merge_file)).__name__
+    if options.tokenizer_type and TYPES[options.tokenizer_type] != kind:
+        raise DataError(f"the tokenizer {path} is a {kind}, not a {options.tokenizer_type}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from maha_megatron.data.prepare.stage import (
     progress_bar,
     record_path,
     run_command,
-    whole_file,
     write_record,
 )
+from maha_megatron.data.writing import write_whole
 from maha_megatron.errors import DataError
 
 SAMPLE_BYTES = {"bpe": 16_000_000, "unigram": 3_000_000}
@@ -63,8 +63,7 @@ def main() -> None:
     total_bytes = sum(size for _, size, _ in identity)
     sample = evenly(stretches(_texts(options, total_bytes)), total_bytes=total_bytes, sample_bytes=options.sample)
     model = train_sentencepiece(sample, vocabulary=options.vocabulary, kind=options.model_type)
-    with whole_file(options.output) as partial:
-        partial.write_bytes(model)
+    write_whole(options.output, model)
     write_record(record, arguments, {"model_bytes": len(model)})
     print(f"tokenizer: {options.vocabulary} token ids ({options.model_type}) in {options.output}")
 

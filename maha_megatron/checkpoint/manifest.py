@@ -10,6 +10,7 @@ from maha_megatron.checkpoint import layout
 from maha_megatron.config.fingerprint import model_fingerprint, shape_differences
 from maha_megatron.config.load import config_to_dict
 from maha_megatron.config.schema import Config
+from maha_megatron.data.skipping import jumped
 from maha_megatron.errors import CheckpointError
 
 FORMAT = 2
@@ -139,10 +140,15 @@ def check_same_data(manifest: Manifest, data: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: names what differs.
     """
+    # ranges that lie ahead of the checkpoint may come and go
+    saved, now = (
+        {**known, "data.skip": jumped(known.get("data.skip", ()), manifest.consumed_samples)}
+        for known in (manifest.data, data)
+    )
     differences = [
-        f"{key}: saved with {manifest.data.get(key, 'none')}, now {data.get(key, 'none')}"
-        for key in {**manifest.data, **data}
-        if manifest.data.get(key) != data.get(key)
+        f"{key}: saved with {saved.get(key, 'none')}, now {now.get(key, 'none')}"
+        for key in saved | now
+        if saved.get(key) != now.get(key)
     ]
     if differences:
         raise CheckpointError(

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from maha_megatron import scales
+from maha_megatron.config.data_rules import DATA_RULES
 from maha_megatron.config.derive import (
     data_parallel_size,
     maha_windows,
     micro_batch_tokens,
     padded_vocabulary,
 )
-from maha_megatron.config.schema import Config, Data, Maha, Model, Optimizer, Schedule, Zero
+from maha_megatron.config.schema import Config, Maha, Model, Optimizer, Schedule, Zero
 from maha_megatron.errors import ConfigError
 
 
@@ -306,25 +307,6 @@ def optimizer_keys_make_sense(config: Config) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-def validation_share_is_a_share(config: Config) -> str | None:
-    data = config.data
-    if data.validation_frac >= 1:
-        return f"data.validation_frac = {data.validation_frac} must be below 1; 0.02 is usual"
-    if data.validation and data.validation_frac not in (0, Data().validation_frac):
-        return "data.validation_frac: no effect beside data.validation; remove one of them"
-    return None
-
-
-def sources_are_used(config: Config) -> str | None:
-    for source in (*config.data.train, *config.data.validation):
-        if source.weight == 0:
-            return f"data: source '{source.prefix}' has weight 0 and would never be read; remove it or give it weight"
-    return None
-
-
 # ------------------------------------------------------------------------------------------------ keys without effect
 
 
@@ -426,8 +408,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     schedule_fits_run,
     schedule_keys_have_effect,
     optimizer_keys_make_sense,
-    validation_share_is_a_share,
-    sources_are_used,
+    *DATA_RULES,
     attention_keys_have_effect,
     aggregation_keys_have_effect,
     program_is_named,

@@ -161,14 +161,31 @@ class Dense:
 class Source:
     prefix: str = leaf(owner="data", help="Path of a Megatron .bin/.idx pair without its ending.")
     weight: float = leaf(1.0, owner="data", help="Share of the samples, relative to the other sources.", minimum=0)
+    epochs: float = leaf(
+        0.0,
+        owner="data",
+        minimum=0,
+        help="In place of weight, for every source of a list: passes over it relative to the others'. {epochs: 1} and "
+        "{epochs: 3} read the second three times for every pass over the first.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipRange:
+    first: int = leaf(owner="data", help="Number of the first sample left out.", minimum=0)
+    last: int = leaf(owner="data", help="Number of the last sample left out.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     sequence_tokens: int = leaf(4096, owner="data", help="Tokens s of one sample.", minimum=1)
-    train: tuple[Source, ...] = leaf((), owner="data", help="Training sources: list of {prefix, weight}.")
+    train: tuple[Source, ...] = leaf(
+        (), owner="data", help="Training sources: list of {prefix, weight} or of {prefix, epochs}."
+    )
     validation: tuple[Source, ...] = leaf(
-        (), owner="data", help="Validation sources; empty: the last documents of the training sources."
+        (),
+        owner="data",
+        help="Validation sources, with weights of their own; empty: the last documents of the training sources.",
     )
     validation_frac: float = leaf(
         0.02,
@@ -177,7 +194,29 @@ class Data:
         help="Share of each training source's documents kept for validation when data.validation is empty.",
     )
     tokenizer: str = leaf(
-        "", owner="data", help="Path of the tokenizer: a SentencePiece .model or a Hugging Face folder."
+        "",
+        owner="data",
+        help="Path of the tokenizer: a SentencePiece .model, a tokenizer.json, a folder of Hugging Face, or one of a "
+        "vocab.json with its merges.txt.",
+    )
+    packing: str = leaf(
+        "concatenate",
+        owner="data",
+        choices=("concatenate", "best_fit"),
+        help="concatenate: documents end to end, cut at every sample, as Megatron does; best_fit: only documents "
+        "longer than a sample are cut, and samples may end in padding.",
+    )
+    skip: tuple[SkipRange, ...] = leaf(
+        (),
+        owner="data",
+        help="Training samples to leave out, by their numbers in the order (tools/data.py explain shows them): list of "
+        "{first, last}, both left out, ascending. Ranges that lie ahead may be added to a run.",
+    )
+    prefetch_steps: int = leaf(
+        2,
+        owner="train",
+        minimum=0,
+        help="Steps whose batches a background thread prepares ahead, in pinned memory where there is a GPU; 0: none.",
     )
     document_bounds: bool = leaf(
         True,

@@ -36,6 +36,12 @@ class Mixture:
                 f"weights of the data sources must not be negative, and one must be positive: {list(weights)}"
             )
         total = sum(weights)
+        for number, weight in enumerate(weights):
+            if 0 < weight / total < 1 / MODULUS:
+                raise DataError(
+                    f"data source {number} has a share of {weight / total:.1e}, less than {1 / MODULUS:.1e}, the least"
+                    " that can be drawn: raise its weight or remove it"
+                )
         self.shares = [weight / total for weight in weights]
         self._bounds = [0, *(round(MODULUS * part / total) for part in accumulate(weights))]
         self._offset = (seed * 0x9E3779B97F4A7C15) % MODULUS

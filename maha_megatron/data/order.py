@@ -1,43 +1,50 @@
 """The order of one source's samples: a pure function of (seed, sample number).
 
-Every epoch is a GPTDataset of megatron-core that knows of this epoch only, seeded by (seed, epoch): documents are
-shuffled, laid end to end, cut into samples, and the samples shuffled. A longer run therefore begins like a shorter
-one, which a GPTDataset over several epochs does not promise.
+Every epoch has an index of its own (epoch_index.py), seeded by (seed, epoch). A longer run therefore begins like a
+shorter one, which a GPTDataset over several epochs does not promise.
 """
 
 import hashlib
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from maha_megatron.data.epoch_index import (
+    EpochIndex,
+    EpochPlan,
+    Run,
+    build_index,
+    document_edges,
+    open_index,
+    save_index,
+)
 from maha_megatron.data.index_cache import complete_folder
-from maha_megatron.data.indexed import open_indexed
+from maha_megatron.data.pair import open_pair
 from maha_megatron.errors import DataError
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
-    import megatron.core
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-
 LOGGER = logging.getLogger(__name__)
-INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
+STORED_ITEMS = 1 << 16
+"""Documents and samples from which on an epoch's index is stored; a smaller one is built in milliseconds, and a tiny
+source with many epochs would leave as many folders."""
+MOST_SEQUENCES = 2**31 - 1
+OPEN_EPOCHS = 2
 
 
 @dataclass(frozen=True)
-class NoTokenizer:
-    """Stands where GPTDataset asks for a tokenizer; nothing is tokenised and no token is padding."""
+class Origin:
+    """Consecutive tokens of one document in a sample."""
 
-    vocab_size: None = None
-    eod: int = -1
-    pad: int = int(np.iinfo(np.int64).min)
-    unique_identifiers: str = "none"
+    document: int
+    """Number in the pair."""
+    offset: int
+    """Place of the first token in the document."""
+    tokens: int
 
 
 class SourceOrder:
@@ -51,6 +58,7 @@ class SourceOrder:
         document_range: tuple[float, float],
         seed: int,
         sequence_tokens: int,
+        packing: str,
         cache: Path,
     ):
         """
@@ -59,34 +67,55 @@ class SourceOrder:
             split: "train" or "validation"; for messages and file names.
             document_range: The share of the documents to use: (0, 1) is all, (0.98, 1) the last 2 %.
             seed: Seed of the run.
-            sequence_tokens: Tokens s of a sample; s + 1 are read, since the last is only a label.
+            sequence_tokens: Rows s of a sample.
+            packing: "concatenate" or "best_fit".
             cache: Folder of the index files, created when missing.
 
         Raises:
-            DataError: The pair is unusable, or its documents hold too few tokens for one sample.
+            DataError: The pair is unusable, or its documents hold too few tokens.
         """
         self.prefix = prefix
-        self.indexed = open_indexed(prefix)
+        self.pair = open_pair(prefix)
+        if len(self.pair) > MOST_SEQUENCES:
+            raise DataError(
+                f"{prefix} holds {len(self.pair)} sequences; an order counts them in 32 bits, at most {MOST_SEQUENCES}:"
+                " split it with data_prep/split.py and name the parts as sources"
+            )
         self._split, self._seed, self._sequence_tokens, self._cache = split, seed, sequence_tokens, cache
-        bounds = self.indexed.document_indices
-        first, last = (round_documents(share, len(bounds) - 1) for share in document_range)
+        self._packing = packing
+        first, last = (round_documents(share, self.pair.documents) for share in document_range)
         self._first_document, self.documents = first, last - first
-        self._sequences = np.arange(bounds[first], bounds[last], dtype=np.int32)
-        lengths = self.indexed.sequence_lengths[bounds[first] : bounds[last]]
+        bounds = self.pair.index.documents
+        lengths = self.pair.index.lengths[bounds[first] : bounds[last]]
         self.tokens = int(lengths.sum(dtype=np.int64))
-        self.samples_per_epoch = max(self.tokens - 1, 0) // sequence_tokens
+        self._passes = self._needed_passes()
+        self._lengths_digest = hashlib.blake2b(np.ascontiguousarray(lengths).data).hexdigest()
+        self._epochs: dict[int, EpochIndex] = {}
+        if packing == "concatenate":
+            self.samples_per_epoch = (self.tokens * self._passes - 1) // sequence_tokens
+        else:
+            self.samples_per_epoch = len(self.epoch(0))
         if self.samples_per_epoch == 0:
             raise DataError(self._too_few())
-        self._lengths_digest = hashlib.blake2b(np.ascontiguousarray(lengths).data).hexdigest()
-        self._epochs: dict[int, GPTDataset] = {}
+
+    def _needed_passes(self) -> int:
+        """How often the documents stand in an epoch: more than once only where one sample needs more tokens."""
+        if self._packing != "concatenate":
+            return 1
+        needed = self._sequence_tokens + 1
+        if self.tokens == 0 or (self.tokens < needed and self._split == "validation"):
+            raise DataError(self._too_few())
+        return -(-needed // self.tokens)
 
     def _too_few(self) -> str:
         advice = "use more data or a smaller data.sequence_tokens"
         if self._split == "validation":
-            advice = "raise data.validation_frac, name sources in data.validation, or " + advice
+            advice = (
+                "raise data.validation_frac, name sources in data.validation, set data.packing: best_fit, or " + advice
+            )
         return (
             f"{self.prefix}: the {self._split} part holds {self.tokens} tokens in {self.documents} of"
-            f" {len(self.indexed.document_indices) - 1} documents; one sample of data.sequence_tokens"
+            f" {self.pair.documents} documents; one sample of data.sequence_tokens"
             f" = {self._sequence_tokens} needs {self._sequence_tokens + 1}: {advice}"
         )
 
@@ -100,92 +129,112 @@ class SourceOrder:
             "lengths": self._lengths_digest[:16],
         }
 
+    @property
+    def padding_frac(self) -> float:
+        """Share of an epoch's rows that hold no token."""
+        if self._packing == "concatenate":
+            return 0.0
+        rows = int(self.epoch(0).arrays["piece_rows"].sum(dtype=np.int64))
+        return 1.0 - rows / (self.samples_per_epoch * self._sequence_tokens)
+
+    @property
+    def cuts(self) -> int:
+        """Borders between two samples, of an epoch, that fall inside a document."""
+        if self._packing == "best_fit":
+            pieces = len(self.epoch(0).arrays["piece_rows"])
+            lengths = np.diff(document_edges(self.pair, self._first_document, self.documents))
+            return pieces - int(np.count_nonzero(lengths > 1))
+        starts = self.epoch(0).arrays["sample_index"][1:-1]
+        return int(np.count_nonzero(starts[:, 1]))
+
     def last_tokens(self, documents: int) -> list[int]:
         """The last token of each of the first so many documents that are not empty."""
-        lengths = self.indexed.sequence_lengths
-        ends = self.indexed.document_indices[self._first_document + 1 :][: self.documents] - 1
-        ends = [int(end) for end in ends[:documents] if end >= 0 and lengths[end] > 0]
-        return [int(self.indexed.get(end, offset=int(lengths[end]) - 1, length=1)[0]) for end in ends]
+        ends = []
+        for number in range(self._first_document, self._first_document + min(documents, self.documents)):
+            begin, end = self.pair.index.document_tokens(number)
+            if end > begin:
+                ends.append(int(self.pair.read(end - 1, end)[0]))
+        return ends
 
-    def read(self, sample: int, out: np.ndarray) -> None:
-        """Read one sample.
+    def read(self, sample: int) -> list[np.ndarray]:
+        """The runs of tokens of one sample.
 
         Args:
             sample: Number of the sample since the run's start; any size, epochs follow one another.
-            out: int64 [sequence_tokens + 1], filled.
-        """
-        epoch, index = divmod(sample, self.samples_per_epoch)
-        item = self._epoch(epoch)[index]
-        out[:-1] = item["tokens"].numpy()
-        out[-1] = item["labels"][-1]
 
-    def _epoch(self, epoch: int) -> GPTDataset:
-        if epoch not in self._epochs:
-            while len(self._epochs) >= 2:  # a step may straddle two epochs, never three
-                del self._epochs[min(self._epochs)]
+        Returns:
+            Each run of n + 1 tokens, in the type of the file, makes n rows: its last token is only predicted. Together
+            they make at most sequence_tokens rows.
+        """
+        parts: list[list[np.ndarray]] = []
+        for run in self._runs(sample):
+            if not run.joins:
+                parts.append([])
+            parts[-1].append(self.pair.read(run.begin, run.begin + run.tokens))
+        return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
+
+    def origins(self, sample: int) -> list[Origin]:
+        """Where the tokens of a sample come from, in its order."""
+        index = self.pair.index
+        found = []
+        for run in self._runs(sample):
+            sequence = bisect_right(index.pointers, run.begin * index.item_type.itemsize) - 1
+            document = int(np.searchsorted(index.documents, sequence, side="right")) - 1
+            found.append(Origin(document, run.begin - index.document_tokens(document)[0], run.tokens))
+        return found
+
+    def _runs(self, sample: int) -> list[Run]:
+        epoch, index = divmod(sample, self.samples_per_epoch)
+        return self.epoch(epoch).runs(index)
+
+    # ---------------------------------------------------------------------------------------------------- epochs
+
+    def epoch(self, epoch: int) -> EpochIndex:
+        """The index of an epoch, built if this node has none."""
+        if epoch in self._epochs:
+            self._epochs[epoch] = self._epochs.pop(epoch)  # the last one is the one used last
+        else:
+            while len(self._epochs) >= OPEN_EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
             self._epochs[epoch] = self._open_epoch(epoch)
         return self._epochs[epoch]
 
-    def _open_epoch(self, epoch: int) -> GPTDataset:
-        identity = [
-            megatron.core.__version__,
-            self._lengths_digest,
-            int(self._sequences[0]),
-            self._sequence_tokens,
-            self._seed,
-            epoch,
-        ]
-        key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
-        folder = self._cache / f"{Path(self.prefix).name}-{self._split}-epoch{epoch}-{key}"
-        complete_folder(folder, lambda partial: self._save_index(partial, epoch))
-        dataset = self._dataset(epoch, str(folder))
-        assert len(dataset) == self.samples_per_epoch
-        return dataset
+    @property
+    def is_stored(self) -> bool:
+        """Whether its indexes are files."""
+        return self.documents + self.tokens // self._sequence_tokens >= STORED_ITEMS
 
-    def _save_index(self, folder: Path, epoch: int) -> None:
-        """Build an epoch's index in this process, whatever its rank, and store it where GPTDataset looks for it."""
-        LOGGER.info("building the index of epoch %d of %s (%s)", epoch, self.prefix, self._split)
-        dataset = self._dataset(epoch, None)
-        base = f"{dataset.unique_description_hash}-GPTDataset-{dataset.index_split.name}"
-        for name in INDEX_NAMES:
-            np.save(folder / f"{base}-{name}.npy", getattr(dataset, name), allow_pickle=False)
-        (folder / f"{base}-description.txt").write_text(dataset.unique_description, encoding="utf-8")
-
-    def _dataset(self, epoch: int, path_to_cache: str | None) -> GPTDataset:
-        config = GPTDatasetConfig(
-            random_seed=int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]),
-            sequence_length=self._sequence_tokens,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-            add_extra_token_to_sequence=True,
-            tokenizer=NoTokenizer(),
-            path_to_cache=path_to_cache,
+    def _open_epoch(self, epoch: int) -> EpochIndex:
+        plan = EpochPlan(
+            packing=self._packing,
+            first_document=self._first_document,
+            documents=self.documents,
+            passes=self._passes,
+            sequence_tokens=self._sequence_tokens,
+            seed=int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]),
         )
-        with _quiet_megatron():
-            return GPTDataset(
-                indexed_dataset=self.indexed,
-                dataset_path=Path(self.prefix).name,
-                indexed_indices=self._sequences,
-                num_samples=None,
-                index_split=Split.train,
-                config=config,
-            )
+        if not self.is_stored:
+            return build_index(self.pair, plan)
+        description = {
+            "plan": asdict(plan),
+            "lengths": self._lengths_digest,
+            "megatron-core": version("megatron-core"),
+            "epoch": epoch,
+        }
+        folder = self._cache / f"{Path(self.prefix).name}-{self._split}-epoch{epoch}-{_key(description)}"
+
+        def fill(partial: Path) -> None:
+            LOGGER.info("building the index of epoch %d of %s (%s)", epoch, self.prefix, self._split)
+            save_index(build_index(self.pair, plan), partial, description)
+
+        complete_folder(folder, fill)
+        return open_index(self.pair, self._packing, folder)
+
+
+def _key(description: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(description).encode(), digest_size=8).hexdigest()
 
 
 def round_documents(share: float, documents: int) -> int:
     """The document where a share of the documents ends; one rounding for both sides of a border."""
     return round(share * documents)
-
-
-@contextmanager
-def _quiet_megatron() -> Iterator[None]:
-    """Keep GPTDataset's remark that it was given no cache out of the log: that is how an index is built here."""
-    logger = logging.getLogger("megatron.core.datasets.gpt_dataset")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,8 +1,13 @@
 """Tokenizers behind one small protocol. Torch-free: data preparation uses it before torch is loaded."""
 
 import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from maha_megatron.errors import DataError
 
@@ -23,11 +28,19 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of several texts, int32, by the fastest way the tokenizer's package has."""
+
     def decode(self, ids: list[int]) -> str: ...
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a SentencePiece .model file, a Hugging Face folder or a tokenizer.json.
+def load_tokenizer(path: str | Path, merges: str | Path | None = None) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        path: A SentencePiece .model file, a Hugging Face folder, a tokenizer.json, or the vocabulary of a byte-level
+            BPE, of which a folder may hold one vocab.json and one merges.txt.
+        merges: The merges that belong to such a vocabulary.
 
     Raises:
         DataError: Nothing usable is there, a package is missing, or there is no end-of-document token.
@@ -38,8 +51,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"no tokenizer at {str(path)!r}: give a SentencePiece .model file, a tokenizer.json or a folder that"
             " holds one (data.tokenizer; data_prep/train_tokenizer.py makes one)"
         )
+    if merges is not None:
+        return HuggingFaceTokenizer(path, byte_level_bpe(path, Path(merges)))
     if path.is_dir():
-        if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file() and not _is_described(path):
+            return HuggingFaceTokenizer(path, byte_level_bpe(path / "vocab.json", path / "merges.txt"))
+        if _is_described(path):
             return HuggingFaceTokenizer(path)
         models = sorted(path.glob("*.model"))
         if len(models) != 1:
@@ -48,6 +65,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path)
     return SentencePieceTokenizer(path)
+
+
+def _is_described(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
 
 
 class SentencePieceTokenizer:
@@ -81,50 +102,116 @@ class SentencePieceTokenizer:
             ids += (self._lower_one_eighth_ids if number else []) + self._model.encode(part)
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._lower_one_eighth_ids is None or not any(LOWER_ONE_EIGHTH in text for text in texts):
+            return [np.array(ids, dtype=np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face fast tokenizer, from a folder or a bare tokenizer.json; a document ends with its eos token."""
+    """A tokenizer of Hugging Face's fast kind; a document ends with its eos token.
 
-    def __init__(self, path: Path):
-        try:
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast
-        except ImportError as error:
-            raise DataError(
-                f"{path} is a Hugging Face tokenizer and needs transformers: pip install 'maha-megatron[hf]'"
-            ) from error
-        try:
-            if path.is_dir():
-                model = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-            else:
-                model = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        except Exception as error:  # transformers raises many kinds for a damaged file
-            raise DataError(f"{path} cannot be read as a Hugging Face tokenizer ({error})") from error
-        if not model.is_fast:
-            raise DataError(f"{path} holds no fast tokenizer: save it with tokenizer.json (save_pretrained)")
-        ids = model.get_vocab()
+    Text that spells out a special token keeps it as characters: the package matches none in it, and where a model
+    knows the token as an ordinary piece too, the spelling is encoded in two parts, cut after its first character.
+
+    Args:
+        path: A folder or a tokenizer.json.
+        backend: The tokenizer itself, where it was made from other files.
+    """
+
+    def __init__(self, path: Path, backend: Any = None):
+        declared_end, special = None, ()
+        if backend is None:
+            backend, declared_end, special = _load_fast(path)
+        self._backend = backend
+        ids = backend.get_vocab(with_added_tokens=True)
         self.vocabulary = max(ids.values()) + 1
-        self.end_of_document = _end_of_document(path, model.eos_token_id, ids)
-        self._backend = model.backend_tokenizer
-        self._backend.encode_special_tokens = True  # a document that spells out a special token keeps it as characters
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        identity = f"{self._backend.to_str()}|{self.end_of_document}"
+        self.end_of_document = _end_of_document(path, declared_end, ids)
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        identity = f"{backend.to_str()}|{self.end_of_document}"
         self.fingerprint = f"HuggingFaceTokenizer:{hashlib.sha256(identity.encode()).hexdigest()}"
+        self._control = np.zeros(self.vocabulary, dtype=bool)
+        self._control[[self.end_of_document, *special]] = True
+        spelt = {backend.id_to_token(int(token)) for token in np.flatnonzero(self._control)}
+        longest_first = sorted((re.escape(word) for word in spelt if len(word) > 1), key=len, reverse=True)
+        self._spelling = re.compile("|".join(longest_first) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self._without_control(text, ids).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            self._without_control(text, np.array(part.ids, dtype=np.int32))
+            for text, part in zip(texts, encoded, strict=True)
+        ]
+
+    def _without_control(self, text: str, ids: np.ndarray) -> np.ndarray:
+        if not self._control[ids].any():
+            return ids
+        cuts = [0, *(match.start() + 1 for match in self._spelling.finditer(text)), len(text)]
+        parts = [text[start:end] for start, end in pairwise(cuts)]
+        encoded = [self._backend.encode(part, add_special_tokens=False).ids for part in parts]
+        return np.array([token for part in encoded for token in part], dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
 
+def byte_level_bpe(vocab: Path, merges: Path) -> Any:
+    """A byte-level BPE as GPT-2 has it, from its two files.
+
+    Raises:
+        DataError: A file is missing or damaged, or the package is.
+    """
+    try:
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+    except ImportError as error:
+        raise _needs_package(vocab) from error
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # tokenizers raises the plain class
+        raise DataError(f"{vocab} and {merges} are no vocabulary and merges of a byte-level BPE ({error})") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for token in KNOWN_ENDS if backend.token_to_id(token) is not None])
+    return backend
+
+
+def _load_fast(path: Path) -> tuple[Any, int | None, Iterable[int]]:
+    """The tokenizer of a folder or tokenizer.json, its declared end and its special tokens, unknown left out."""
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    except ImportError as error:
+        raise _needs_package(path) from error
+    try:
+        if path.is_dir():
+            model = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        else:
+            model = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # transformers raises many kinds for a damaged file
+        raise DataError(f"{path} cannot be read as a Hugging Face tokenizer ({error})") from error
+    if not model.is_fast:
+        raise DataError(f"{path} holds no fast tokenizer: save it with tokenizer.json (save_pretrained)")
+    special = {*model.all_special_ids, *(i for i, token in model.added_tokens_decoder.items() if token.special)}
+    return model.backend_tokenizer, model.eos_token_id, special - {model.unk_token_id}
+
+
+def _needs_package(path: Path) -> DataError:
+    return DataError(f"{path} is a Hugging Face tokenizer and needs transformers: pip install 'maha-megatron[hf]'")
+
+
 def _end_of_document(path: Path, declared: int | None, ids: dict[str, int]) -> int:
     if declared is not None:
         return declared
-    if path.is_file():  # a bare tokenizer.json does not say which token is eos
+    if path.is_file() or not _is_described(path):  # bare files do not say which token is eos
         for token in KNOWN_ENDS:
             if token in ids:
                 return ids[token]

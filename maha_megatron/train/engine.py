@@ -61,6 +61,19 @@ class StepResult:
     scale_weights: dict[int, list[float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Losses of a validation in nats per unmasked token; the same on every rank.
+
+    Attributes:
+        loss_nats: over all samples.
+        by_source_nats: over those of each source that has a token to predict.
+    """
+
+    loss_nats: float
+    by_source_nats: dict[str, float]
+
+
 class Engine:
     """Steps, evaluates, saves and restores one model on this rank; every method is collective over all ranks."""
 
@@ -158,19 +171,26 @@ class Engine:
         return (total / count).item()
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
-        """Loss in nats per unmasked token over all data-parallel ranks' batches, weights untouched."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+    def evaluate(self, batches: Iterable[tuple[str, MicroBatch]]) -> Evaluation:
+        """Losses over all data-parallel ranks' batches, weights untouched.
+
+        Args:
+            batches: each with the name of its source; every rank gives equally many of each name, in the same order.
+        """
+        totals: dict[str, torch.Tensor] = {}
         self._inner.eval()
-        for batch in batches:
-            totals[0] += self._loss_sum(batch)
-            totals[1] += batch.unmasked
+        for name, batch in batches:
+            total = totals.setdefault(name, torch.zeros(2, dtype=torch.float64, device=self._device))
+            total[0] += self._loss_sum(batch)
+            total[1] += batch.unmasked
         self._inner.train()
-        dist.all_reduce(totals, group=groups.data_group())
-        loss_sum, count = totals.tolist()
+        total_n2 = torch.stack(list(totals.values()))
+        dist.all_reduce(total_n2, group=groups.data_group())
+        loss_sum, count = total_n2.sum(0).tolist()
         if count == 0:
             raise TrainingError("the validation samples have no token that may be predicted")
-        return loss_sum / count
+        by_source = {name: total / n for name, (total, n) in zip(totals, total_n2.tolist(), strict=True) if n}
+        return Evaluation(loss_nats=loss_sum / count, by_source_nats=by_source)
 
     def _loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         def moved(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The training loop, on one screen. What a step is lives in engine.py; what is written of it in output.py."""
 
+import contextlib
 import time
 
 import torch.distributed as dist
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from maha_megatron.checkpoint.shared_folder import check_shared
 from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import build_loader
+from maha_megatron.data.prefetch import Prefetcher
 from maha_megatron.parallel import compat, groups
 from maha_megatron.train.engine import build_engine
 from maha_megatron.train.guards import EXIT_DONE, EXIT_INTERRUPTED, StepPlace, StopSignal, make_deterministic
@@ -44,31 +46,45 @@ def train(config: Config, *, allow_program: str | None = None) -> int:
     check_shared(config.run.folder)
     engine = build_engine(config, program)
     state, last = start_or_resume(engine, config, training_data.identity), config.train.steps
-    with RunOutput(config, state, made_with, rank=dist.get_rank(), devices=dist.get_world_size()) as output:
-        output.started(engine, state, training_data.tokens_per_epoch)
+    step_samples = config.train.global_batch_samples
+    planned_samples = state.consumed_samples + (last - state.step) * step_samples
+    feed = Prefetcher(
+        training_data.step_batches,
+        consumed_samples=state.consumed_samples,
+        step_samples=step_samples,
+        last_sample=planned_samples,
+        depth=config.data.prefetch_steps,
+    )
+    output = RunOutput(config, state, made_with, rank=dist.get_rank(), devices=dist.get_world_size())
+    with output, contextlib.closing(feed):
+        output.started(engine, state, training_data.tokens_per_epoch, training_data.shares(planned_samples))
         stopping = engine.any_rank(signal.requested)
         while state.step < last and not stopping:
             step, step_began_s = state.step + 1, time.perf_counter()
             logged = due(step, config.train.log_interval_steps, last)
+            numbers = training_data.sample_range(state.consumed_samples)
             result = engine.step(
-                training_data.step_batches(state.consumed_samples),
+                feed.take(state.consumed_samples),
                 learning_rate(config.schedule, step, last),
-                StepPlace(step=step, first_sample=state.consumed_samples, samples=config.train.global_batch_samples),
+                StepPlace(step=step, first_sample=numbers.start, samples=len(numbers)),
                 with_scale_weights=logged,
             )
             step_s, validation = time.perf_counter() - step_began_s, None
-            state = state.after_step(config.train.global_batch_samples)
+            state = state.after_step(step_samples)
             if due(step, config.train.validation_interval_steps, last):
                 validation = engine.evaluate(validation_data.validation_batches())
             solves = engine.take_solves() if logged or validation is not None else None
-            output.stepped(step, result, step_s, logged=logged, validation=validation, solves=solves)
+            wait_s = feed.take_wait_s()
+            output.stepped(
+                step, result, step_s, data_wait_s=wait_s, logged=logged, validation=validation, solves=solves
+            )
             stopping = engine.any_rank(signal.requested)  # all ranks stop after the same step
             if due(step, config.checkpoint.interval_steps, last) or stopping:
                 output.saved(save(engine, config, state, data=training_data.identity, versions=made_with))
         if state.step < last:
             output.interrupted(state)
             return EXIT_INTERRUPTED
-        output.finished(state, time.perf_counter() - began_s)
+        output.finished(state, time.perf_counter() - began_s, training_data.shares(state.consumed_samples))
     return EXIT_DONE
 
 

@@ -8,12 +8,14 @@
 | tokens_per_s, step_s | over the steps since the last row, validation and saving left out |
 | tflops_per_device | model FLOPs of forward and backward (config/accounting) per second and device, / 1e12 |
 | mfu_frac | tflops_per_device / the device's stated peak; absent where no peak is known |
+| data_wait_s | mean seconds of a step in which rank 0 waited for its batches |
 | memory_bytes | peak of rank 0: allocated on the GPU, resident set on a CPU |
 | scale_weight/layer_03/scale_1 | mean weight that rows and heads of that layer give the scale |
 | missed_solves | programs of the scales' weights (one a row, head and layer) that missed the solver's tolerance |
 | solver_steps_mean | linear systems solved for such a program; absent for stated ones |
 | solver_residual_max | largest relative residual of such a program's optimality conditions |
 | validation_loss_nats, validation_bits_per_byte | over the fixed validation samples |
+| validation_loss_nats/NAME | over those of the source of that name, where there are several |
 
 The three of solvers cover all ranks' forward passes since the last row, validation included; they are absent where no
 layer needs a solver.
@@ -100,11 +102,12 @@ class Throughput:
 
     def __init__(self, flops_per_token: float, devices: int, peak_tflops: float | None) -> None:
         self._flops_per_token, self._devices, self._peak_tflops = flops_per_token, devices, peak_tflops
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._steps, self._tokens, self._seconds, self._waited_s = 0, 0, 0.0, 0.0
 
-    def add(self, step_s: float, tokens: int) -> None:
-        """Count one step of all ranks."""
+    def add(self, step_s: float, tokens: int, data_wait_s: float) -> None:
+        """Count one step of all ranks; this one waited `data_wait_s` of it for its batches."""
         self._steps, self._tokens, self._seconds = self._steps + 1, self._tokens + tokens, self._seconds + step_s
+        self._waited_s += data_wait_s
 
     def take(self) -> dict[str, float]:
         """Means since the last call, under their names in metrics.jsonl."""
@@ -112,12 +115,13 @@ class Throughput:
         tflops_per_device = tokens_per_s * self._flops_per_token / self._devices / 1e12
         row = {
             "step_s": self._seconds / self._steps,
+            "data_wait_s": self._waited_s / self._steps,
             "tokens_per_s": tokens_per_s,
             "tflops_per_device": tflops_per_device,
         }
         if self._peak_tflops:
             row["mfu_frac"] = tflops_per_device / self._peak_tflops
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._steps, self._tokens, self._seconds, self._waited_s = 0, 0, 0.0, 0.0
         return row
 
 

@@ -3,17 +3,19 @@
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from maha_megatron.config.accounting import total_parameters, training_flops_per_token
 from maha_megatron.config.schema import Config
+from maha_megatron.data.loader import SourceShare
 from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.errors import TrainingError
 from maha_megatron.model.solve_totals import SolveCounts
-from maha_megatron.train.engine import Engine, StepResult
+from maha_megatron.train.engine import Engine, Evaluation, StepResult
 from maha_megatron.train.metrics import METRICS, MetricsLog, Throughput, peak_memory_bytes, peak_tflops, read_rows
 from maha_megatron.train.record import write_record
 from maha_megatron.train.report import Console, summarise
@@ -46,8 +48,10 @@ class RunOutput:
             self._log = _writing(lambda: MetricsLog(self._folder, state.step))
             _writing(lambda: write_record(config, devices, made_with))
 
-    def started(self, engine: Engine, state: RunState, tokens_per_epoch: int) -> None:
-        """Say what is about to run."""
+    def started(
+        self, engine: Engine, state: RunState, tokens_per_epoch: int, shares: Sequence[SourceShare] = ()
+    ) -> None:
+        """Say what is about to run; `shares` are what the whole run will have taken from each source."""
         steps, tokens = self._config.train.steps - state.step, self._step_tokens
         self._console.say(
             f"{self._config.run.name}: {format_count(total_parameters(self._config))} parameters on {self._devices} "
@@ -61,6 +65,11 @@ class RunOutput:
         self._console.say(
             f"{steps} steps of {format_count(tokens)} tokens; an epoch of the data has {format_count(tokens_per_epoch)}"
         )
+        for share in shares if len(shares) > 1 else ():
+            self._console.say(
+                f"source {share.name}: {100 * share.asked_frac:.4g} % asked, {100 * share.drawn_frac:.4g} % drawn by"
+                f" the end, {share.epochs:.3g} epochs"
+            )
 
     def stepped(
         self,
@@ -69,22 +78,27 @@ class RunOutput:
         step_s: float,
         *,
         logged: bool,
-        validation: float | None,
+        validation: Evaluation | None,
         solves: SolveCounts | None = None,
+        data_wait_s: float = 0.0,
     ) -> None:
         """After a step: progress, and a row of metrics if it is a logged or a validated one.
 
-        `solves` are the programs solved since they were last given.
+        `solves` are the programs solved since they were last given; `data_wait_s` of the step were spent waiting for
+        its batches.
         """
         if not self._first:
             return
-        self._throughput.add(step_s, self._step_tokens)
+        self._throughput.add(step_s, self._step_tokens, data_wait_s)
         self._console.progress(step, result.loss_nats, step_s)
         row: dict[str, float] = self._measured(result) if logged else {}
         if validation is not None:
-            row["validation_loss_nats"] = validation
+            row["validation_loss_nats"] = validation.loss_nats
             if self._data:
-                row["validation_bits_per_byte"] = validation / math.log(2) / _mean(self._data, "bytes_per_token")
+                bytes_per_token = _mean(self._data, "bytes_per_token")
+                row["validation_bits_per_byte"] = validation.loss_nats / math.log(2) / bytes_per_token
+            if len(validation.by_source_nats) > 1:
+                row |= {f"validation_loss_nats/{name}": loss for name, loss in validation.by_source_nats.items()}
         if solves is not None:
             row |= _solve_metrics(solves)
         if row:
@@ -110,8 +124,8 @@ class RunOutput:
             where = "before the first step, nothing to save; the same command starts anew"
         self._console.say(f"stopped by a signal {where}")
 
-    def finished(self, state: RunState, elapsed_s: float) -> None:
-        """Plot, summary.json and the last lines."""
+    def finished(self, state: RunState, elapsed_s: float, shares: Sequence[SourceShare] = ()) -> None:
+        """Plot, summary.json and the last lines; `shares` are what was taken from each source."""
         if not self._first:
             return
         facts: dict[str, Any] = {
@@ -119,7 +133,8 @@ class RunOutput:
             "tokens": state.consumed_samples * self._config.data.sequence_tokens,
         }
         for row in read_rows(self._folder / METRICS):  # the last value of each
-            facts |= {name: row[name] for name in _IN_SUMMARY if name in row}
+            facts |= {name: row[name] for name in row if name.partition("/")[0] in _IN_SUMMARY}
+        facts["sources"] = [asdict(share) for share in shares]
         if self._data:
             facts["unigram_entropy_nats"] = _mean(self._data, "unigram_entropy_nats")
         if self._data and "validation_loss_nats" in facts:
@@ -153,7 +168,14 @@ class RunOutput:
             self._log.close()
 
 
-_IN_SUMMARY = ("loss_nats", "validation_loss_nats", "validation_bits_per_byte", "tokens_per_s", "memory_bytes")
+_IN_SUMMARY = (
+    "loss_nats",
+    "validation_loss_nats",
+    "validation_bits_per_byte",
+    "tokens_per_s",
+    "data_wait_s",
+    "memory_bytes",
+)
 
 
 def _writing(action: Any) -> Any:
@@ -173,9 +195,11 @@ def _solve_metrics(solves: SolveCounts) -> dict[str, float]:
 
 
 def _described(config: Config) -> list[tuple[float, Manifest]]:
-    """Weights and manifests of the validation text's sources; empty unless all of them have one."""
-    found = [(source.weight, read_manifest(source.prefix)) for source in config.data.validation or config.data.train]
-    return found if all(manifest for _, manifest in found) else []
+    """Weights and manifests of the validation text's sources; empty unless all of them know their text's size."""
+    found = [(source, read_manifest(source.prefix)) for source in config.data.validation or config.data.train]
+    if not all(manifest and manifest.text_bytes is not None for _, manifest in found):
+        return []
+    return [(source.epochs * manifest.tokens or source.weight, manifest) for source, manifest in found]
 
 
 def _mean(data: list[tuple[float, Manifest]], name: str) -> float:

@@ -15,6 +15,8 @@ from maha_megatron.units import format_bytes, format_count, format_duration
 
 PLOT = "loss.png"
 SUMMARY = "summary.json"
+SHOWN_WAIT_FRAC = 0.02
+"""Share of a step's time from which on waiting for data is shown."""
 
 
 class Console:
@@ -50,6 +52,8 @@ class Console:
             ]
             if "mfu_frac" in row:
                 parts.append(f"MFU {100 * row['mfu_frac']:.1f} %")
+            if row.get("data_wait_s", 0) > SHOWN_WAIT_FRAC * row.get("step_s", 0):
+                parts.append(f"waiting for data {100 * row['data_wait_s'] / row['step_s']:.0f} %")
             parts.append(format_bytes(row["memory_bytes"]))
         if "validation_loss_nats" in row:
             parts.append(f"validation loss {row['validation_loss_nats']:.4f} nats")

@@ -45,7 +45,7 @@ FENCES: dict[str, tuple[str, ...]] = {
         "maha_megatron/train/llama_peer.py",
     ),
     "sentencepiece": ("maha_megatron/data/*",),
-    "datasets": ("data_prep/*",),
+    "datasets": ("maha_megatron/data/prepare/hub.py",),
     "yaml": ("maha_megatron/config/*",),
 }
 TORCH_FREE = ("errors", "units", "scales", "config", "scaling")

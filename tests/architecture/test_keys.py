@@ -14,7 +14,7 @@ import pytest
 
 from maha_megatron.config.render_deepspeed import deepspeed_config
 from maha_megatron.config.render_mcore import transformer_config_fields
-from maha_megatron.config.schema import OWNERS, Config, Source
+from maha_megatron.config.schema import OWNERS, Config, SkipRange, Source
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"mcore": transformer_config_fields, "deepspeed": lambda config: deepspeed_config(config, world_size=1)}
@@ -33,12 +33,13 @@ DERIVED = "maha_megatron/config/derive.py"
 
 
 def leaves() -> Iterator[tuple[str, dataclasses.Field]]:
-    """(section, field) of every key; the keys of a data source are those of the section "source"."""
+    """(section, field) of every key; the keys of a list's elements are those of the sections "source" and "skip"."""
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default_factory):
             yield section.name, field
-    for field in dataclasses.fields(Source):
-        yield "source", field
+    for element in (Source, SkipRange):
+        for field in dataclasses.fields(element):
+            yield {Source: "source", SkipRange: "skip"}[element], field
 
 
 def owned_by(*owners: str) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ def observations(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
         engine.accumulate(batches)
         step = engine.take_solves()
         assert engine.take_solves() is None
-        engine.evaluate(batches[:1])
+        engine.evaluate([("text", batches[0])])
         validation = engine.take_solves()
     return {"step": vars(step), "validation": vars(validation), "micro_batches": len(batches)}
 

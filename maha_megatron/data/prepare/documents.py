@@ -1,22 +1,14 @@
-"""Reading documents from files of every supported kind, one at a time and unchanged."""
+"""Documents from blocks, one at a time and unchanged; what is none is told by line and reason."""
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import zstandard
-
+from maha_megatron.data.prepare.blocks import LONGEST_BYTES, TOO_LONG, Block, list_inputs, read_blocks
 from maha_megatron.errors import DataError
 
-PIECE_CHARACTERS = 1 << 20
-"""A plain text longer than this becomes several documents, cut at line ends, so that memory stays bounded."""
-JSON_LINES = (".jsonl", ".ndjson")
-COMPRESSED = (".gz", ".zst")
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -27,28 +19,21 @@ class Document:
     source: str
 
 
-def input_files(path: Path, suffixes: Sequence[str] | None = None) -> list[Path]:
-    """The files behind an input path, sorted; hidden files and folders are left out.
+@dataclass(frozen=True)
+class BadLine:
+    """A line, row or file that gives no document."""
 
-    Args:
-        path: A file, which is always taken, or a folder.
-        suffixes: In a folder, only files with one of these endings; None: all.
+    file: str
+    line: int
+    """Counted from 1; 0 stands for the file."""
+    kind: str
+    """What is wrong, in words that many lines can share."""
+    detail: str
 
-    Raises:
-        DataError: The path does not exist or the folder has no such file.
-    """
-    if not path.exists():
-        raise DataError(f"input {path} does not exist")
-    if path.is_file():
-        return [path]
-    files = []
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden and (suffixes is None or file.name.endswith(tuple(suffixes))):
-            files.append(file)
-    if not files:
-        raise DataError(f"folder {path} holds no file{f' ending in {suffixes}' if suffixes else ''} to read")
-    return files
+    def __str__(self) -> str:
+        if self.line == 0:
+            return self.detail
+        return f"{self.file}, line {self.line} {self.detail}"
 
 
 def read_documents(
@@ -57,108 +42,74 @@ def read_documents(
     """Every document of the inputs, in order.
 
     Args:
-        paths: Files or folders: .jsonl (.gz, .zst), .parquet; any other file is one plain text document, or several
-            where it is long. In a folder, files that are not UTF-8 text are left out.
+        paths: Files or folders, as for list_inputs and read_blocks.
         key: The field of JSON lines, or the parquet column, that holds the text.
         suffixes: In folders, only files with one of these endings.
 
     Raises:
         DataError: A file is missing, damaged, not UTF-8, or lacks the key.
     """
-    for name in paths:
-        for file in input_files(Path(name), suffixes):
-            yield from _read_file(file, key, from_folder=Path(name).is_dir())
+    for block in read_blocks(list_inputs(paths, suffixes), key):
+        yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=refuse)
 
 
-def _read_file(file: Path, key: str, *, from_folder: bool) -> Iterator[Document]:
-    kind = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+def refuse(bad: BadLine) -> None:
+    """What a strict reader does with a bad line.
+
+    Raises:
+        DataError: Always.
+    """
+    raise DataError(str(bad))
+
+
+def documents_of(
+    block: Block, key: str, *, longest_bytes: int, on_bad: Callable[[BadLine], object]
+) -> Iterator[Document]:
+    """The documents of a block; `on_bad` hears of the rest, in order."""
+    if block.problem is not None:
+        on_bad(BadLine(block.file, 0, "unreadable file", block.problem))
+    elif block.lines is not None:
+        yield from _of_lines(block, key, on_bad)
+    elif block.names:
+        yield from map(Document, block.texts, block.names)
+    else:
+        for number, text in enumerate(block.texts, start=block.number + 1):
+            bad = _why_no_text(text, key) if not isinstance(text, str) else None
+            if isinstance(text, str) and len(text) > longest_bytes:
+                bad = TOO_LONG, f"is {TOO_LONG} of {longest_bytes} characters; raise --longest-document"
+            if bad:
+                on_bad(BadLine(block.file, number, *bad))
+            else:
+                yield Document(text, f"{block.file}:{number}")
+
+
+def _of_lines(block: Block, key: str, on_bad: Callable[[BadLine], object]) -> Iterator[Document]:
+    skipped = {line for line, _ in block.bad}
+    for number, line in enumerate(block.lines.split(b"\n"), start=block.number + 1):
+        if number in skipped or not line.strip():
+            continue
+        found = _text_or_fault(line, key)
+        if isinstance(found, str):
+            yield Document(found, f"{block.file}:{number}")
+        else:
+            on_bad(BadLine(block.file, number, *found))
+    for number, kind in block.bad:
+        on_bad(BadLine(block.file, number, kind, f"is {kind}; raise --longest-document"))
+
+
+def _text_or_fault(line: bytes, key: str) -> str | tuple[str, str]:
+    """The text of a JSON line, or (kind, detail) of what is wrong."""
     try:
-        if kind in JSON_LINES:
-            yield from _json_lines(file, key)
-        elif kind == ".parquet":
-            yield from _parquet(file, key)
-        elif not from_folder or _is_text(file):
-            yield from _plain_text(file)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}): repair it or leave it out") from error
-
-
-def _open_binary(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    if file.suffix == ".zst":
-        frames = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True)
-        return io.BufferedReader(frames)
-    return file.open("rb")
-
-
-def _json_lines(file: Path, key: str) -> Iterator[Document]:
-    with _open_binary(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                tree = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number} is no JSON ({error}): repair or remove the line") from error
-            yield Document(_text_of(tree, key, f"{file}, line {number}"), f"{file}:{number}")
-
-
-def _text_of(tree: Any, key: str, place: str) -> str:
+        tree = json.loads(line.decode("utf-8").removeprefix(BYTE_ORDER_MARK))
+    except UnicodeDecodeError as error:
+        return "not UTF-8", f"is not UTF-8 ({error}): repair or remove the line"
+    except (ValueError, RecursionError) as error:
+        return "no JSON", f"is no JSON ({error}): repair or remove the line"
     if not isinstance(tree, dict) or key not in tree:
         found = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-        raise DataError(f"{place} has no field {key!r} (it has: {found}): name the one with the text by --json-keys")
-    text = tree[key]
-    if not isinstance(text, str):
-        raise DataError(f"{place}: field {key!r} is no text but {type(text).__name__}; name another by --json-keys")
-    return text
+        return "missing field", f"has no field {key!r} (it has: {found}): name the one with the text by --json-keys"
+    return tree[key] if isinstance(tree[key], str) else _why_no_text(tree[key], key)
 
 
-def _parquet(file: Path, key: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file} is no parquet file ({error}): repair it or leave it out") from error
-    if key not in table.schema_arrow.names:
-        raise DataError(
-            f"{file} has no column {key!r} (it has: {', '.join(table.schema_arrow.names)}):"
-            " name the one with the text by --json-keys"
-        )
-    number = 0
-    for batch in table.iter_batches(batch_size=256, columns=[key]):
-        for text in batch.column(0).to_pylist():
-            yield Document(_text_of({key: text}, key, f"{file}, row {number}"), f"{file}:{number}")
-            number += 1
-
-
-def _is_text(file: Path) -> bool:
-    """Whether a file begins like UTF-8 text."""
-    with _open_binary(file) as stream:
-        head = stream.read(4096)
-    try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start > len(head) - 4 and b"\0" not in head  # a character cut at the end is no fault
-    return b"\0" not in head
-
-
-def _plain_text(file: Path) -> Iterator[Document]:
-    with io.TextIOWrapper(_open_binary(file), encoding="utf-8", newline="") as stream:
-        for number, piece in enumerate(_pieces(stream)):
-            yield Document(piece, f"{file}:{number}" if number else str(file))
-
-
-def _pieces(lines: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
-    characters = 0
-    for line in lines:
-        if held and characters + len(line) > PIECE_CHARACTERS:
-            yield "".join(held)
-            held, characters = [], 0
-        held.append(line)
-        characters += len(line)
-    if held:
-        yield "".join(held)
+def _why_no_text(value: Any, key: str) -> tuple[str, str]:
+    return "wrong type", f"field {key!r} is no text but {type(value).__name__}; name another by --json-keys"

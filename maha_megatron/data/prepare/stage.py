@@ -5,7 +5,6 @@ and what it found. The same arguments and a whole output need no second run.
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maha_megatron.data.writing import write_whole
 from maha_megatron.errors import DataError, MahaError
 
 EXIT_USER_ERROR = 2
@@ -39,26 +39,7 @@ def finished_record(record: Path, outputs: Sequence[Path], arguments: dict[str, 
 
 def write_record(record: Path, arguments: dict[str, Any], results: dict[str, Any]) -> None:
     """Write a stage's record, which makes it finished."""
-    with whole_file(record) as partial:
-        partial.write_text(json.dumps({"arguments": arguments, **results}, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when the block ends without an error, and is removed when it does not.
-
-    Raises:
-        DataError: The file cannot be written, for example because the disk is full.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(record, (json.dumps({"arguments": arguments, **results}, indent=1) + "\n").encode())
 
 
 def input_identity(paths: Sequence[str]) -> list[list[Any]]:
@@ -101,6 +82,31 @@ def progress_bar(total: int | None, description: str) -> Iterator[Callable[[int]
         yield bar.update
         if total is not None:
             bar.update(total - bar.n)
+
+
+@contextmanager
+def document_progress(total_bytes: int | None, description: str) -> Iterator[Callable[[int, int, int], object]]:
+    """Progress over inputs in MB/s and documents/s, with the time left.
+
+    Yields what to call with the documents, the bytes of text and the bytes of input that were done, from the start on.
+    What the first call tells was done before, and does not count in the speed.
+    """
+    from tqdm import tqdm
+
+    interval_s = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=description, mininterval=interval_s) as bar:
+        start: list[int] = []
+
+        def update(documents: int, text_bytes: int, read_bytes: int) -> None:
+            done_bytes = read_bytes if total_bytes else text_bytes
+            if not start:
+                start.append(documents)
+                bar.initial = bar.n = bar.last_print_n = done_bytes
+            speed = (documents - start[0]) / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{speed:.0f} documents/s", refresh=False)
+            bar.update(done_bytes - bar.n)
+
+        yield update
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -179,7 +179,7 @@ def test_yaml_for_people_tells_the_default_windows():
 
 def test_dict_is_plain_data():
     tree = config_to_dict(config_from_dict({"data": {"train": [{"prefix": "a"}]}}))
-    assert tree["data"]["train"] == [{"prefix": "a", "weight": 1.0}]
+    assert tree["data"]["train"] == [{"prefix": "a", "weight": 1.0, "epochs": 0.0}]
     assert tree["model"]["attention"] == ["maha"]
 
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from maha_megatron.config import rules
+from maha_megatron.config import data_rules, rules
 from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.rules import RULES, TOPOLOGY_RULES, check_config, check_topology
 from maha_megatron.config.schema import Config
@@ -80,6 +80,22 @@ REFUSED = {
         ({"data": {"validation_frac": 0.1, "validation": [{"prefix": "v"}]}}, ["no effect beside data.validation"]),
     ],
     "sources_are_used": [({"data": {"train": [{"prefix": "c", "weight": 0}]}}, ["'c' has weight 0"])],
+    "sources_are_named_once": [
+        ({"data": {"train": [{"prefix": "c"}, {"prefix": "c"}]}}, ["data.train names source 'c' more than once"]),
+        ({"data": {"train": [{"prefix": " "}]}}, ["data.train has a source without a prefix"]),
+        (
+            {"data": {"train": [{"prefix": "c"}], "validation": [{"prefix": "c"}]}},
+            ["'c' is trained on too", "data.validation_frac"],
+        ),
+    ],
+    "sources_ask_in_one_way": [
+        ({"data": {"train": [{"prefix": "c", "epochs": 2}, {"prefix": "d"}]}}, ["'c' asks by epochs and 'd' does not"]),
+        ({"data": {"train": [{"prefix": "c", "epochs": 2, "weight": 3}]}}, ["'c' has both weight and epochs"]),
+    ],
+    "skipped_ranges_ascend": [
+        ({"data": {"skip": [{"first": 5, "last": 4}]}}, ["data.skip[0]", "last = 4 is before first = 5"]),
+        ({"data": {"skip": [{"first": 5, "last": 9}, {"first": 9, "last": 9}]}}, ["data.skip[1]", "sample 9"]),
+    ],
     "attention_keys_have_effect": [
         ({"model": {"attention": ["dense"]}, "maha": {"ratio": 2}}, ["maha.ratio", "no effect"]),
         ({"dense": {"qk_norm": False}}, ["dense.qk_norm", "no effect"]),
@@ -126,6 +142,8 @@ REFUSED = {
 
 ACCEPTED = [
     {},
+    {"data": {"train": [{"prefix": "c", "epochs": 2}, {"prefix": "d", "epochs": 0.5}], "packing": "best_fit"}},
+    {"data": {"skip": [{"first": 0, "last": 0}, {"first": 5, "last": 9}]}},
     {"train": {"precision": "fp32"}, "zero": {"stage": 0}},
     {"maha": {"windows": [428], "full_reach": False}},
     {"maha": {"windows": [4096]}},
@@ -157,7 +175,7 @@ ACCEPTED = [
 )
 def test_rule_refuses_and_says_what_to_change(rule, tree, words):
     config = config_from_dict(tree)
-    message = getattr(rules, rule)(config)
+    message = next(written for written in RULES if written.__name__ == rule)(config)
     assert message is not None
     for word in words:
         assert word in message
@@ -174,8 +192,9 @@ def test_good_configurations_pass(tree):
 def test_every_rule_is_applied_and_tried():
     written = [
         function
-        for name, function in inspect.getmembers(rules, inspect.isfunction)
-        if function.__module__ == rules.__name__ and not name.startswith(("_", "check_"))
+        for module in (rules, data_rules)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith(("_", "check_"))
     ]
     assert {*RULES, *TOPOLOGY_RULES} == set(written)
     assert {rule.__name__ for rule in RULES} == set(REFUSED)

@@ -32,7 +32,7 @@ def write_pair(tmp_path: Path) -> Callable[..., str]:
                 "tokens": sum(map(len, documents)),
                 "text_bytes": 4 * sum(map(len, documents)),
                 "unigram_entropy_nats": 1.0,
-                "sources_sha256": "0",
+                "text_digest": "0-0",
                 "arguments": {},
             }
             write_manifest(prefix, Manifest(**(values | overrides)))

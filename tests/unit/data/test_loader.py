@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from maha_megatron.config.schema import Config, Source
-from maha_megatron.data.loader import build_loader
+from maha_megatron.data.batch import MicroBatch
+from maha_megatron.data.loader import Loader, build_loader
 from maha_megatron.data.manifest import manifest_path
 from maha_megatron.errors import DataError
 from tests.support.pairs import END, VOCABULARY, random_documents
@@ -18,6 +19,11 @@ S = 16
 def rows(batches: list) -> list[list[int]]:
     """Every sample's tokens, in the order of the batches."""
     return [sample for batch in batches for sample in batch.input_ids_t.reshape(-1, S).tolist()]
+
+
+def validation_of(loader: Loader) -> list[MicroBatch]:
+    """The batches of a validation."""
+    return [batch for _, batch in loader.validation_batches()]
 
 
 def at_topology(config: Config, size: int, micro: int, global_batch: int = 8) -> Config:
@@ -105,7 +111,7 @@ def test_validation_documents_are_not_training_documents(
     train = build_loader(config, data_parallel_rank=0, data_parallel_size=1)
     validation = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
     trained = {token for step in range(60) for row in rows(train.step_batches(8 * step)) for token in row} - {END}
-    validated = {token for row in rows(list(validation.validation_batches())) for token in row} - {END}
+    validated = {token for row in rows(validation_of(validation)) for token in row} - {END}
     assert trained == set(range(100, 140))
     assert validated == set(range(140, 150))
     assert train.tokens_per_epoch + validation.tokens_per_epoch == 50 * 31
@@ -119,30 +125,28 @@ def test_validation_sources_of_their_own(write_pair: Callable[..., str], make_co
     train = build_loader(config, data_parallel_rank=0, data_parallel_size=1)
     validation = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
     assert train.tokens_per_epoch == 50 * 31
-    assert min(min(row) for row in rows(list(validation.validation_batches())) if END not in row) >= 500
+    assert min(min(row) for row in rows(validation_of(validation)) if END not in row) >= 500
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (2, 2), (4, 1), (3, 2)])
 def test_every_rank_validates_equally_often_on_the_same_samples(mixed: Config, size: int, micro: int) -> None:
+    def batches(config: Config, rank: int, size: int) -> list[tuple[str, MicroBatch]]:
+        loader = build_loader(config, data_parallel_rank=rank, data_parallel_size=size, split="validation")
+        return list(loader.validation_batches())
+
     config = at_topology(mixed, size, micro, global_batch=micro * size)
     config = replace(config, train=replace(config.train, validation_samples=7))
-    single = at_topology(config, 1, 1)
-    reference = list(
-        build_loader(single, data_parallel_rank=0, data_parallel_size=1, split="validation").validation_batches()
-    )
+    reference = batches(at_topology(config, 1, 1), 0, 1)
     assert len(reference) == 7
-    by_rank = [
-        list(
-            build_loader(
-                config, data_parallel_rank=rank, data_parallel_size=size, split="validation"
-            ).validation_batches()
-        )
-        for rank in range(size)
-    ]
-    assert {len(batches) for batches in by_rank} == {-(-7 // (size * micro))}
-    in_global_order = [sample for turn in zip(*by_rank, strict=True) for sample in rows(list(turn))]
-    assert in_global_order[:7] == rows(reference)
-    assert sum(b.unmasked for batches in by_rank for b in batches) == sum(b.unmasked for b in reference)
+    by_rank = [batches(config, rank, size) for rank in range(size)]
+    assert all([name for name, _ in found] == [name for name, _ in by_rank[0]] for found in by_rank)
+    for source in ("a", "b"):  # one after the other, none mixed
+        expected = rows([batch for name, batch in reference if name == source])
+        of_source = [[batch for name, batch in found if name == source] for found in by_rank]
+        assert {len(found) for found in of_source} == {-(-len(expected) // (size * micro))}
+        in_global_order = [sample for turn in zip(*of_source, strict=True) for sample in rows(list(turn))]
+        assert in_global_order[: len(expected)] == expected
+    assert sum(b.unmasked for found in by_rank for _, b in found) == sum(b.unmasked for _, b in reference)
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (1, 9), (30, 1)])
@@ -154,7 +158,7 @@ def test_validation_reads_no_sample_twice(
     config = make_config(a, b, weights=weights, validation_frac=0.5, document_bounds=False)
     config = replace(config, train=replace(config.train, validation_samples=10_000))
     loader = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
-    first = [row[0] for row in rows(list(loader.validation_batches()))]
+    first = [row[0] for row in rows(validation_of(loader))]
     assert len(first) == len(set(first)) < 10_000
     of_one_source = [sum(lower <= token < lower + 100 for token in first) for lower in (100, 200)]
     assert max(of_one_source) == loader.samples_per_epoch // 2  # stopped no earlier than needed
@@ -187,7 +191,7 @@ def test_a_tokenizer_other_than_the_datas_is_refused(
     class Other:
         vocabulary, end_of_document, fingerprint = VOCABULARY, END, "test:other"
 
-    monkeypatch.setattr("maha_megatron.data.loader.load_tokenizer", lambda _: Other())
+    monkeypatch.setattr("maha_megatron.data.sources.load_tokenizer", lambda _: Other())
     config = make_config(write_pair("a", random_documents(30)), tokenizer="other.model")
     with pytest.raises(DataError, match=r"a was made with another tokenizer \(test:1.*other\.model \(test:other"):
         build(config)
@@ -237,14 +241,17 @@ def test_a_manifest_that_cannot_be_read_says_so(mixed: Config) -> None:
         whole[:50],
         "[]",
         whole.replace('"documents"', '"docs"'),
-        whole.replace('"format": 1', '"format": 2'),
+        whole.replace('"format": 2', '"format": 3'),
     ):
         path.write_text(broken)
-        with pytest.raises(DataError, match=r"manifest\.json (is damaged|has format 2).*preprocess again"):
+        with pytest.raises(DataError, match=r"manifest\.json (is damaged|has format 3).*preprocess again"):
             build(mixed)
 
 
-def test_the_index_lies_in_the_cache_folder_or_the_runs(mixed: Config, tmp_path: Path) -> None:
+def test_the_index_lies_in_the_cache_folder_or_the_runs(
+    mixed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maha_megatron.data.order.STORED_ITEMS", 0)
     build(mixed)
     assert len(list((tmp_path / "run" / "index").glob("[!.]*"))) > 0
     build(replace(mixed, data=replace(mixed.data, cache=str(tmp_path / "cache"))))

@@ -58,3 +58,17 @@ def test_the_seed_changes_the_turns_and_nothing_else_does() -> None:
 def test_weights_that_mean_nothing_are_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(DataError, match="must not be negative, and one must be positive"):
         Mixture(weights, seed=0)
+
+
+def test_extreme_weights_are_drawn_as_asked() -> None:
+    mixture = Mixture((1e-9, 1.0, 1e-5), seed=3)
+    taken = mixture.taken(10**11)
+    for count, share in zip(taken, mixture.shares, strict=True):
+        assert abs(count - share * 10**11) <= max(5, 0.02 * share * 10**11)
+    assert mixture.taken(10**5)[0] <= 1
+    assert mixture.taken(10**6)[2] in (9, 10, 11)
+
+
+def test_a_share_that_could_not_be_drawn_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data source 1 has a share of 1\.0e-13, less than 9\.1e-13"):
+        Mixture((1.0, 1e-13), seed=0)

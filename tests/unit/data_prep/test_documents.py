@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from maha_megatron.data.prepare.documents import PIECE_CHARACTERS, Document, read_documents
+from maha_megatron.data.prepare.blocks import PIECE_CHARACTERS
+from maha_megatron.data.prepare.documents import Document, read_documents
 from maha_megatron.errors import DataError
 
 TEXTS = ["first\nwith lines\r\n", "", "ünï\tcödé 😀", "\0 </s>"]

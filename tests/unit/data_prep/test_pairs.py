@@ -1,114 +1,287 @@
-"""Tokenised pairs: byte identity, workers, bounds on what waits."""
+"""Preprocessing: byte identity with Megatron's builder, bad lines, partitions, bounds on what waits."""
 
-import hashlib
+import gzip
+import json
 import math
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
-from maha_megatron.data.indexed import IndexedDatasetBuilder, open_indexed
+from maha_megatron.data.indexed import DType
 from maha_megatron.data.manifest import manifest_path, read_manifest
-from maha_megatron.data.prepare.encode import write_pair
-from maha_megatron.data.prepare.tokenizer_training import train_sentencepiece
+from maha_megatron.data.pair import open_pair
+from maha_megatron.data.prepare import encode, encoding
+from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
+from maha_megatron.data.prepare.digest import TextDigest, digest_of, parse_digest
+from maha_megatron.data.prepare.index_file import token_code
+from maha_megatron.data.prepare.partitions import write_in_partitions
+from maha_megatron.data.prepare.spool import bad_lines_path
 from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.errors import DataError
-
-TEXTS = ["the cat sat on the mat\n" * n for n in range(1, 40)] + ["", "a\tb\r\n\0 😀 </s>", "x"]
+from tests.support.corpora import (
+    BAD_LINES,
+    byte_level_bpe,
+    megatron_pair,
+    odd_corpus,
+    pair_bytes,
+    sentencepiece_model,
+    settings_for,
+    write_inputs,
+)
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    path.write_bytes(train_sentencepiece(TEXTS, vocabulary=300, kind="bpe"))
-    return str(path)
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str | None]]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "SentencePiece": (sentencepiece_model(folder / "small.model"), None),
+        "byte-level BPE": byte_level_bpe(folder / "bpe"),
+    }
 
 
-def write(prefix: Path, model: str, texts: list[str] = TEXTS, **overrides) -> None:
-    options = {"append_end": True, "workers": 1, "arguments": {"a": 1}, "advance": lambda _: None}
-    write_pair(iter(texts), prefix, tokenizer_path=model, **(options | overrides))
+@pytest.fixture(params=["SentencePiece", "byte-level BPE"])
+def tokenizer(request: pytest.FixtureRequest, tokenizers: dict) -> tuple[str, str | None]:
+    return tokenizers[request.param]
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks and batches, although there is little text."""
+    monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("maha_megatron.data.prepare.encoding.BATCH_CHARACTERS", 1000)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("append_end", [True, False])
-@pytest.mark.parametrize("workers", [1, 2])
 def test_the_pair_is_byte_for_byte_megatrons(
-    tmp_path: Path, model: str, append_end: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: tuple[str, str | None], append_end: bool
 ) -> None:
-    monkeypatch.setattr("maha_megatron.data.prepare.encode.BATCH_CHARACTERS", 1000)
-    tokenizer = load_tokenizer(model)
-    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=np.uint16)
-    for text in TEXTS:  # as in Megatron's tools/preprocess_data.py
-        ids = tokenizer.encode(text)
-        lengths = [len(ids)] if ids else []
-        if ids and append_end:
-            ids.append(tokenizer.end_of_document)
-            lengths[-1] += 1
-        builder.add_document(np.array(ids), lengths)
-    builder.finalize(str(tmp_path / "megatron.idx"))
-    write(tmp_path / "ours", model, append_end=append_end, workers=workers)
-    for ending in ("bin", "idx"):
-        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"megatron.{ending}").read_bytes()
+    texts, bad = odd_corpus(tmp_path / "odd.jsonl", 1500, long_bytes=30_000)
+    megatron_pair(tmp_path / "megatron", texts, *tokenizer, append_end=append_end)
+    manifest = write_inputs(
+        [tmp_path / "odd.jsonl"], tmp_path / "ours", settings_for(*tokenizer, append_end=append_end)
+    )
+    assert pair_bytes(tmp_path / "ours") == pair_bytes(tmp_path / "megatron")
+    assert manifest.bad_lines == bad
+    assert sum(bad.values()) > 5
 
 
-def test_the_manifest_says_what_is_in_the_pair(tmp_path: Path, model: str) -> None:
-    write(tmp_path / "p", model)
-    manifest, tokenizer = read_manifest(tmp_path / "p"), load_tokenizer(model)
-    pair = open_indexed(str(tmp_path / "p"))
+@pytest.mark.parametrize(("workers", "partitions"), [(2, 1), (3, 1), (1, 2), (2, 5)])
+def test_workers_and_partitions_change_no_byte(tmp_path: Path, tokenizers: dict, workers: int, partitions: int) -> None:
+    tokenizer = tokenizers["SentencePiece"]
+    odd_corpus(tmp_path / "a.jsonl", 1500, long_bytes=30_000)
+    odd_corpus(tmp_path / "b.jsonl", 300, seed=1, long_bytes=0)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "b.jsonl").read_bytes()))
+    inputs = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl.gz")]
+    expected = write_inputs(inputs, tmp_path / "one", settings_for(*tokenizer))
+    settings = settings_for(*tokenizer)
+    if partitions == 1:
+        found = write_inputs(inputs, tmp_path / "many", settings, workers=workers)
+    else:
+        found = write_in_partitions(
+            list_inputs(list(map(str, inputs))),
+            tmp_path / "many",
+            partitions=partitions,
+            settings=settings,
+            workers=workers,
+            arguments={"append_eod": True},
+            advance=lambda documents, text_bytes, read_bytes: None,
+            say=lambda text: None,
+            revisions={},
+        )
+    assert pair_bytes(tmp_path / "many") == pair_bytes(tmp_path / "one")
+    assert found == expected
+    assert bad_lines_path(tmp_path / "many").read_bytes() == bad_lines_path(tmp_path / "one").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("many*")) == [
+        f"many.{ending}" for ending in ("bad_lines.jsonl", "bin", "checksums.npz", "idx", "manifest.json")
+    ]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("workers", "partitions"), [(2, 1), (2, 3)])
+def test_fifty_thousand_odd_documents_are_byte_for_byte_megatrons(
+    tmp_path: Path, tokenizer: tuple[str, str | None], workers: int, partitions: int
+) -> None:
+    texts, bad = odd_corpus(tmp_path / "odd.jsonl", 50_000)
+    assert max(map(len, texts)) == 1_000_000
+    megatron_pair(tmp_path / "megatron", texts, *tokenizer)
+    found = write_in_partitions(
+        list_inputs([str(tmp_path / "odd.jsonl")]),
+        tmp_path / "ours",
+        partitions=partitions,
+        settings=settings_for(*tokenizer),
+        workers=workers,
+        arguments={"append_eod": True},
+        advance=lambda documents, text_bytes, read_bytes: None,
+        say=lambda text: None,
+        revisions={},
+    )
+    assert pair_bytes(tmp_path / "ours") == pair_bytes(tmp_path / "megatron")
+    assert found.bad_lines == bad
+
+
+def test_the_manifest_says_what_is_in_the_pair(tmp_path: Path, tokenizers: dict) -> None:
+    path, merges = tokenizers["SentencePiece"]
+    texts, bad = odd_corpus(tmp_path / "odd.jsonl", 400, long_bytes=0)
+    revisions = {str(tmp_path / "odd.jsonl"): ("CC0-1.0", "v3")}
+    write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(path, merges), revisions=revisions)
+    manifest, model = read_manifest(tmp_path / "p"), load_tokenizer(path)
+    pair = open_pair(tmp_path / "p")
     tokens = [token for sequence in pair for token in sequence.tolist()]
-    assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
-    assert (manifest.vocabulary, manifest.end_of_document, manifest.end_appended) == (300, 1, True)
-    assert (manifest.documents, manifest.tokens) == (len(TEXTS), len(tokens))
-    assert manifest.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    contents = [text.encode("utf-8", "replace") for text in texts]
+    assert manifest.tokenizer_fingerprint == model.fingerprint
+    assert (manifest.vocabulary, manifest.end_of_document, manifest.end_appended) == (500, 1, True)
+    assert (manifest.documents, manifest.tokens) == (len(texts), len(tokens))
+    assert manifest.text_bytes == sum(map(len, contents))
     assert manifest.bytes_per_token == manifest.text_bytes / len(tokens)
     shares = [count / len(tokens) for count in Counter(tokens).values()]
     assert math.isclose(manifest.unigram_entropy_nats, -sum(share * math.log(share) for share in shares))
-    expected = hashlib.sha256()
-    for text in TEXTS:
-        expected.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-    assert manifest.sources_sha256 == expected.hexdigest()
-    assert manifest.arguments == {"a": 1}
-    assert "".join(tokenizer.decode(sequence[:-1].tolist()) for sequence in pair) == "".join(TEXTS)
+    assert manifest.text_digest == digest_of(contents).hex
+    (source,) = manifest.sources
+    assert (source.licence, source.revision, source.documents, source.tokens) == (
+        *("CC0-1.0", "v3"),
+        *(len(texts), len(tokens)),
+    )
+    listed = [json.loads(line) for line in bad_lines_path(tmp_path / "p").read_text().splitlines()]
+    assert Counter(line["kind"] for line in listed) == bad == manifest.bad_lines
+    lines = (tmp_path / "odd.jsonl").read_bytes().split(b"\n")
+    known = dict(BAD_LINES)
+    assert all(known[lines[line["line"] - 1]] == line["kind"] for line in listed)
+    text = "".join(model.decode(sequence[:-1].tolist()) for sequence in pair)
+    assert text == b"".join(contents).decode()
 
 
-def test_a_text_with_a_broken_character_is_kept(tmp_path: Path, model: str) -> None:
-    write(tmp_path / "p", model, ["half \ud83d emoji"])
-    pair = open_indexed(str(tmp_path / "p"))
-    assert load_tokenizer(model).decode(pair[0][:-1].tolist()) == "half ? emoji"
+def test_no_text_becomes_a_control_token(tmp_path: Path, tokenizer: tuple[str, str | None]) -> None:
+    odd_corpus(tmp_path / "odd.jsonl", 600, long_bytes=0)
+    write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(*tokenizer, append_end=False))
+    assert b"endoftext" in (tmp_path / "odd.jsonl").read_bytes()
+    end = load_tokenizer(*tokenizer).end_of_document
+    assert not any(end in sequence for sequence in open_pair(tmp_path / "p"))
 
 
-def test_a_failed_run_leaves_no_pair_and_no_manifest(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("line", "kind"), BAD_LINES)
+def test_strict_stops_at_the_first_bad_line_with_its_place(
+    tmp_path: Path, tokenizers: dict, line: bytes, kind: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' * 7 + line + b'\n{"text": "fine"}\n' + line + b"\n")
+    tokenizer = tokenizers["SentencePiece"]
+    manifest = write_inputs([path], tmp_path / "p", settings_for(*tokenizer))
+    assert (manifest.documents, manifest.bad_lines) == (8, {kind: 2})
+    with pytest.raises(DataError, match=r"a\.jsonl, line 8 "):
+        write_inputs([path], tmp_path / "s", settings_for(*tokenizer, strict=True))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 8 "):
+        write_inputs([path], tmp_path / "s", settings_for(*tokenizer, strict=True), workers=2)
+    assert not Path(f"{tmp_path}/s.bin").exists()
+
+
+def test_a_line_beyond_the_limit_is_counted_and_memory_stays_bounded(tmp_path: Path, tokenizers: dict) -> None:
+    path = tmp_path / "a.jsonl"
+    long = json.dumps({"text": "x" * 3_000_000}).encode()
+    path.write_bytes(b'{"text": "before"}\n' + long + b'\n{"text": "after"}\n' + long)
+    settings = settings_for(*tokenizers["SentencePiece"], longest_bytes=2_500_000)
+    manifest = write_inputs([path], tmp_path / "p", settings)
+    assert (manifest.documents, manifest.bad_lines) == (2, {"longer than the limit": 2})
+    assert [json.loads(line)["line"] for line in bad_lines_path(tmp_path / "p").read_text().splitlines()] == [2, 4]
+    whole = write_inputs([path], tmp_path / "q", settings_for(*tokenizers["SentencePiece"]))
+    assert (whole.documents, whole.bad_lines) == (4, {})
+
+
+def test_an_unreadable_file_among_many_is_counted_or_refused(tmp_path: Path, tokenizers: dict) -> None:
+    line = b'{"text": "some text of this file"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line * 1000)[:-20])
+    (tmp_path / "c.jsonl.zst").write_bytes(b"no zstandard")
+    (tmp_path / "d.parquet").write_bytes(b"no parquet")
+    (tmp_path / "e.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(line))
+    manifest = write_inputs([tmp_path], tmp_path.parent / "p", settings_for(*tokenizers["SentencePiece"]))
+    assert manifest.bad_lines == {"unreadable file": 3}
+    assert manifest.documents >= 2
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz cannot be read .*repair it or leave it out"):
+        write_inputs([tmp_path], tmp_path.parent / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
+
+
+def test_a_failed_run_leaves_no_pair_and_no_manifest(tmp_path: Path, tokenizers: dict) -> None:
+    settings = settings_for(*tokenizers["SentencePiece"], strict=True)
+    empty, good, broken = (tmp_path / name for name in ("empty.jsonl", "good.jsonl", "broken.jsonl"))
+    empty.write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="holds no text"):
-        write(tmp_path / "p", model, ["", ""])
-    assert list(tmp_path.iterdir()) == []
-    write(tmp_path / "p", model)
-    old = (tmp_path / "p.bin").read_bytes()
-
-    def breaks() -> list[str]:
-        yield "some text"
-        raise DataError("the input is broken")
-
-    with pytest.raises(DataError, match="the input is broken"):
-        write(tmp_path / "p", model, breaks())
-    assert (tmp_path / "p.bin").read_bytes() == old
+        write_inputs([empty], tmp_path / "p", settings)
+    assert list(tmp_path.glob("p*")) == []
+    good.write_text('{"text": "some text"}\n')
+    write_inputs([good], tmp_path / "p", settings)
+    old = pair_bytes(tmp_path / "p")
+    broken.write_text('{"text": "some text"}\n{"text": 5}\n')
+    with pytest.raises(DataError, match="line 2"):
+        write_inputs([broken], tmp_path / "p", settings)
+    assert pair_bytes(tmp_path / "p") == old
     assert not manifest_path(tmp_path / "p").exists()  # so the next run does not take the old pair for the new
 
 
-def test_readers_do_not_run_ahead_of_the_writer(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maha_megatron.data.prepare.encode.BATCH_CHARACTERS", 1)
-    read = written = ahead = 0
+def test_what_waits_does_not_grow_with_the_input(
+    tmp_path: Path, tokenizers: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", 1)
+    (tmp_path / "a.jsonl").write_text('{"text": "one document"}\n' * 200)
+    settings, read, ahead, written = settings_for(*tokenizers["SentencePiece"]), 0, 0, 0
+    files = list_inputs([str(tmp_path / "a.jsonl")])
 
-    def texts() -> list[str]:
+    def blocks(start):
         nonlocal read, ahead
-        for _ in range(200):
+        read = 0
+        for block in read_blocks(files, "text", start):
             read += 1
             ahead = max(ahead, read - written)
-            yield "one document"
+            yield block
 
-    def advance(_: int) -> None:
+    def advance(spool) -> None:
         nonlocal written
-        written += 1
+        written = spool.documents
 
-    write(tmp_path / "p", model, texts(), workers=2, advance=advance)
+    encode.write_pair(
+        blocks,
+        tmp_path / "p",
+        settings=settings,
+        workers=2,
+        arguments={"append_eod": True},
+        advance=advance,
+        say=lambda text: None,
+        revisions={},
+    )
     assert written == 200
-    assert ahead <= 2 * 4 + 3  # what may wait, and the ones in hand on both sides
+    assert encoding.PROVED_BLOCKS < ahead <= 2 * encode.WAITING_BLOCKS_PER_WORKER + 1
+
+
+def test_a_fast_way_that_gives_other_ids_is_not_taken(
+    tmp_path: Path, tokenizers: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maha_megatron.data.tokenizer import SentencePieceTokenizer
+
+    odd_corpus(tmp_path / "odd.jsonl", 50, long_bytes=0)
+    settings, said = settings_for(*tokenizers["SentencePiece"]), []
+    write_inputs([tmp_path / "odd.jsonl"], tmp_path / "right", settings, say=said.append)
+    assert said == []
+    wrong = [np.array([7], dtype=np.int32)]
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", lambda self, texts: wrong * len(texts))
+    write_inputs([tmp_path / "odd.jsonl"], tmp_path / "kept", settings, say=said.append)
+    assert pair_bytes(tmp_path / "kept") == pair_bytes(tmp_path / "right")
+    assert "the plain one is used" in said[0]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 500, 65499, 65500, 65535, 65536, 200_000])
+def test_the_dtype_is_megatrons_choice(vocabulary: int) -> None:
+    assert token_code(vocabulary) == DType.code_from_dtype(DType.optimal_dtype(vocabulary))
+
+
+def test_digests_join_and_tell_orders_apart() -> None:
+    contents = [b"a", b"", b"ab", b"b", b""]
+    whole = digest_of(contents)
+    for cut in range(len(contents) + 1):
+        assert digest_of(contents[:cut]).join(digest_of(contents[cut:])) == whole
+    assert parse_digest(whole.hex) == whole
+    assert TextDigest().join(whole) == whole
+    others = [digest_of(contents[::-1]), digest_of([b"a", b"ab", b"b"]), digest_of([b"aab", b"b"])]
+    assert len({whole, *others}) == 4

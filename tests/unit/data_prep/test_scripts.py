@@ -53,7 +53,7 @@ def test_from_this_machines_text_to_a_pair(run, tmp_path: Path) -> None:
     assert f"{manifest.unigram_entropy_nats:.3f} nats per token" in out
     record = json.loads((tmp_path / "corpus.jsonl.record.json").read_text())
     assert record["text_bytes"] == manifest.text_bytes
-    assert record["sha256"] == manifest.sources_sha256
+    assert record["digest"] == manifest.text_digest
     assert [document["source"] for document in documents] == [source for source, _ in record["files"]]
 
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}

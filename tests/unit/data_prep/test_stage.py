@@ -8,9 +8,9 @@ from maha_megatron.data.prepare.stage import (
     parse_bytes,
     record_path,
     run_command,
-    whole_file,
     write_record,
 )
+from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError
 
 

@@ -61,17 +61,17 @@ def test_tensorboard_has_the_same_names(tmp_path: Path) -> None:
 def test_throughput_by_hand() -> None:
     # 2 steps of 100 tokens in 0.5 s: 400 tokens/s; at 1e10 FLOP a token that is 4 TFLOP/s, 2 on each of 2 devices
     throughput = Throughput(1e10, devices=2, peak_tflops=8.0)
-    throughput.add(0.2, 100)
-    throughput.add(0.3, 100)
-    expected = {"step_s": 0.25, "tokens_per_s": 400.0, "tflops_per_device": 2.0, "mfu_frac": 0.25}
+    throughput.add(0.2, 100, 0.04)
+    throughput.add(0.3, 100, 0.0)
+    expected = {"step_s": 0.25, "data_wait_s": 0.02, "tokens_per_s": 400.0, "tflops_per_device": 2.0, "mfu_frac": 0.25}
     assert throughput.take() == pytest.approx(expected)
-    throughput.add(1.0, 100)
+    throughput.add(1.0, 100, 0.0)
     assert throughput.take()["tokens_per_s"] == pytest.approx(100.0)
 
 
 def test_mfu_is_absent_without_a_peak() -> None:
     throughput = Throughput(1e10, devices=1, peak_tflops=None)
-    throughput.add(1.0, 1)
+    throughput.add(1.0, 1, 0.0)
     assert "mfu_frac" not in throughput.take()
 
 

@@ -1,0 +1,116 @@
+"""Checksums of a pair's tokens, by chunk, so that what training reads can be checked when it is first read.
+
+They lie in <prefix>.checksums.npz, whose own hash is in the manifest. A whole corpus need not be read to start, and a
+flipped bit is found before a sample with it is trained on. Torch-free.
+"""
+
+import hashlib
+import io
+import zlib
+from array import array
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from maha_megatron.data.writing import write_whole
+from maha_megatron.errors import DataError
+
+CHUNK_BYTES = 1 << 16
+ZERO_CHUNK_CRC = zlib.crc32(bytes(CHUNK_BYTES))
+HASHED_AT_ONCE = 1 << 24
+
+
+def checksums_path(prefix: str | Path) -> Path:
+    """Where the checksums of a pair lie."""
+    return Path(f"{prefix}.checksums.npz")
+
+
+class TokenSums:
+    """Checksums and token counts of a .bin that is being written.
+
+    Args:
+        vocabulary: Token ids run below it.
+    """
+
+    def __init__(self, vocabulary: int):
+        self.counts = np.zeros(vocabulary, dtype=np.int64)
+        self._done = array("I")
+        self._open_crc = self._open_bytes = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Count the next tokens, in the dtype of the file."""
+        if tokens.size:
+            self.counts += np.bincount(tokens, minlength=self.counts.size)
+        self.add_bytes(memoryview(np.ascontiguousarray(tokens)).cast("B"))
+
+    def add_bytes(self, content: bytes | memoryview) -> None:
+        """Take the next bytes into the checksums alone."""
+        content = memoryview(content)
+        while len(content):
+            piece = content[: CHUNK_BYTES - self._open_bytes]
+            self._open_crc = zlib.crc32(piece, self._open_crc)
+            self._open_bytes += len(piece)
+            if self._open_bytes == CHUNK_BYTES:
+                self._done.append(self._open_crc)
+                self._open_crc = self._open_bytes = 0
+            content = content[len(piece) :]
+
+    def add_zeros(self, num_bytes: int) -> None:
+        """As add_bytes of so many zeros, but fast where whole chunks are nothing else: the holes of a sparse file."""
+        while num_bytes:
+            piece = min(num_bytes, CHUNK_BYTES - self._open_bytes)
+            if piece == CHUNK_BYTES:
+                self._done.extend(repeat(ZERO_CHUNK_CRC, num_bytes // CHUNK_BYTES))
+                piece = num_bytes // CHUNK_BYTES * CHUNK_BYTES
+            else:
+                self.add_bytes(bytes(piece))
+            num_bytes -= piece
+
+    def save(self, prefix: str | Path) -> str:
+        """Write the pair's checksums; their hash, for the manifest.
+
+        Raises:
+            DataError: The file cannot be written.
+        """
+        last = [self._open_crc] if self._open_bytes else []
+        crc32 = np.concatenate([np.array(self._done, dtype=np.uint32), np.array(last, dtype=np.uint32)])
+        stream = io.BytesIO()
+        np.savez(stream, crc32=crc32, counts=self.counts)
+        write_whole(checksums_path(prefix), stream.getvalue())
+        return hashlib.sha256(stream.getvalue()).hexdigest()
+
+
+def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray, np.ndarray]:
+    """Checksums (uint32 [chunks]) and token counts (int64 [vocabulary]) of a pair.
+
+    Raises:
+        DataError: The file is missing or not the one of the manifest.
+    """
+    path = checksums_path(prefix)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): it belongs to the pair, copy it too") from error
+    if hashlib.sha256(content).hexdigest() != expected_sha256:
+        raise DataError(f"{path} is not the one that the manifest names: copy all files of the pair again")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return arrays["crc32"], arrays["counts"]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while content := stream.read(HASHED_AT_ONCE):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def entropy_nats(counts: np.ndarray) -> float:
+    """Entropy of tokens that occur so often: the loss of a model that knows nothing else."""
+    total = int(counts.sum())
+    if total == 0:
+        return 0.0
+    shares = counts[counts > 0] / total
+    return float(-(shares * np.log(shares)).sum())

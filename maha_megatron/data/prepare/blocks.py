@@ -1,0 +1,334 @@
+"""Reading inputs of every supported kind in blocks of bounded size, from any position on.
+
+A block is cheap to make: lines are cut but not parsed, so that one process can read for many that tokenise. Where the
+blocks end depends on the input alone. A position says where the next block begins; reading from it gives the same
+blocks as reading on.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from maha_megatron.errors import DataError
+
+BLOCK_BYTES = 1 << 20
+LONGEST_BYTES = 16_000_000
+"""Default limit of a JSON line or of a parquet cell; tokenising takes about 150 times a document's bytes."""
+PIECE_CHARACTERS = 1 << 20
+"""A plain text longer than this becomes several documents, cut at line ends, so that memory stays bounded."""
+JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".zst")
+TOO_LONG = "longer than the limit"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on."""
+
+    file: int = 0
+    """Index in the list of files."""
+    offset: int = 0
+    """Bytes of the file's lines, once decompressed, that were read; 0 for other kinds."""
+    number: int = 0
+    """Lines, rows or pieces of the file that were read."""
+
+
+BEGINNING = Position()
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read, or the lines of it that begin in [start, stop)."""
+
+    path: Path
+    argument: str
+    """The input path that it was found under."""
+    from_folder: bool = False
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The ending that decides how it is read."""
+        return Path(self.path.stem).suffix if self.path.suffix in COMPRESSED else self.path.suffix
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive lines, rows or texts of one input."""
+
+    argument: str
+    file: str
+    number: int
+    """Lines or rows of the file before this block."""
+    end: Position
+    lines: bytes | None = None
+    """JSON lines as they stand in the file."""
+    texts: tuple[Any, ...] = ()
+    """Values of a column, or whole texts; only those of files that are no text can be something else than str."""
+    names: tuple[str, ...] = ()
+    """Of whole texts: where each comes from."""
+    bad: tuple[tuple[int, str], ...] = ()
+    """(line number, reason) of lines that were left out while reading."""
+    problem: str | None = None
+    """Why the rest of the file cannot be read."""
+    read_bytes: int = 0
+    """Bytes of all inputs, as they lie on the disk, that were read so far."""
+
+
+def input_files(path: Path, suffixes: Sequence[str] | None = None) -> list[Path]:
+    """The files behind an input path, sorted; hidden files and folders are left out.
+
+    Args:
+        path: A file, which is always taken, or a folder.
+        suffixes: In a folder, only files with one of these endings; None: all.
+
+    Raises:
+        DataError: The path does not exist or the folder has no such file.
+    """
+    if not path.exists():
+        raise DataError(f"input {path} does not exist")
+    if path.is_file():
+        return [path]
+    files = []
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden and (suffixes is None or file.name.endswith(tuple(suffixes))):
+            files.append(file)
+    if not files:
+        raise DataError(f"folder {path} holds no file{f' ending in {suffixes}' if suffixes else ''} to read")
+    return files
+
+
+def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
+    """The files behind input paths, in the order in which they are read.
+
+    Raises:
+        DataError: As input_files.
+    """
+    return [
+        InputFile(file, name, from_folder=Path(name).is_dir())
+        for name in paths
+        for file in input_files(Path(name), suffixes)
+    ]
+
+
+def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
+    """Cut the inputs into consecutive parts of about equal size; only plain JSON lines are cut inside a file.
+
+    Parts in which no file begins are left out, so there may be fewer than asked for.
+    """
+    sizes = [file.path.stat().st_size for file in files]
+    borders = [sum(sizes) * part // parts for part in range(1, parts)]
+    divided: list[list[InputFile]] = [[] for _ in range(parts)]
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        inner = [border for border in borders if before < border < before + size]
+        part = sum(border <= before for border in borders)
+        if file.path.suffix not in JSON_LINES or not inner:
+            divided[part].append(file)
+        else:
+            cuts = [0, *(border - before for border in inner), None]
+            for number, (start, stop) in enumerate(pairwise(cuts)):
+                divided[part + number].append(replace(file, start=start, stop=stop))
+        before += size
+    return [part for part in divided if part]
+
+
+def read_blocks(
+    files: Sequence[InputFile], key: str, start: Position = BEGINNING, *, longest_bytes: int = LONGEST_BYTES
+) -> Iterator[Block]:
+    """The blocks of the inputs, in order.
+
+    Args:
+        files: .jsonl (.gz, .zst), .parquet; any other file is one plain text document, or several where it is long.
+            Files found in a folder that are not UTF-8 text are left out.
+        key: The parquet column that holds the text.
+        start: Where to begin.
+        longest_bytes: A longer line is left out and reported in its block.
+    """
+    held: list[Block] = []  # short texts, joined so that a folder of small files is no crowd of blocks
+    characters = 0
+    for block in _all_blocks(files, key, start, longest_bytes):
+        joins = block.problem is None and files[block.end.file].kind not in READERS
+        more = sum(map(len, block.texts)) if joins else 0
+        if held and not (joins and held[0].argument == block.argument and characters + more <= BLOCK_BYTES):
+            yield _joined(held)
+            held, characters = [], 0
+        if joins:
+            held.append(block)
+            characters += more
+        else:
+            yield block
+    if held:
+        yield _joined(held)
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    texts, names = [], []
+    for block in blocks:
+        texts += block.texts
+        names += block.names
+    return replace(blocks[-1], texts=tuple(texts), names=tuple(names))
+
+
+def _all_blocks(files: Sequence[InputFile], key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+    before = sum(file.path.stat().st_size for file in files[: start.file])
+    for index in range(start.file, len(files)):
+        file, place = files[index], start if index == start.file else Position(index)
+        reader = READERS.get(file.kind, _plain_text)
+        try:
+            for block in reader(file, key, place, longest_bytes):
+                place = block.end
+                yield replace(block, read_bytes=before + block.read_bytes)
+        except READ_ERRORS as error:
+            reason = (
+                f"{file.path} cannot be read after {place.number} lines or rows ({error}): repair it or leave it out"
+            )
+            yield _block(file, place, Position(index + 1), problem=reason, read_bytes=before + _size(file))
+        before += _size(file)
+
+
+def _size(file: InputFile) -> int:
+    """Bytes of a file's part; 0 where it is gone or closed to us, which reading it will tell."""
+    try:
+        return (file.path.stat().st_size if file.stop is None else file.stop) - file.start
+    except OSError:
+        return 0
+
+
+def _block(file: InputFile, place: Position, end: Position, **content: Any) -> Block:
+    return Block(file.argument, str(file.path), place.number, end, **content)
+
+
+# ------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+    with file.path.open("rb") as raw, _decompressed(file.path, raw) as stream:
+        place = start
+        if file.path.suffix in COMPRESSED:
+            place = replace(start, offset=0, number=0)
+        elif start.offset or file.start:
+            place = _seek(stream, file, start)
+        while file.stop is None or place.offset < file.stop:
+            room = BLOCK_BYTES if file.stop is None else min(BLOCK_BYTES, file.stop - place.offset)
+            content = stream.read(room)
+            if not content:
+                return
+            read, lines, bad = _to_line_end(stream, content, place.number, longest_bytes)
+            end = Position(place.file, place.offset + read, place.number + lines.count(b"\n") + len(bad))
+            if place.offset >= start.offset:  # compressed files are read again from their beginning
+                yield _block(file, place, end, lines=lines, bad=bad, read_bytes=raw.tell() - file.start)
+            place = end
+
+
+def _to_line_end(
+    stream: BinaryIO, content: bytes, number: int, longest_bytes: int
+) -> tuple[int, bytes, tuple[tuple[int, str], ...]]:
+    """Bytes read, whole lines of at most longest_bytes, and the number of a longer one that was passed over."""
+    begin = content.rfind(b"\n") + 1
+    if begin == len(content):
+        return len(content), content, ()
+    tail = len(content) - begin
+    rest = stream.readline(max(longest_bytes - tail, 0) + 1)
+    if rest.endswith(b"\n") or tail + len(rest) <= longest_bytes:
+        return len(content) + len(rest), content + rest, ()
+    read = len(content) + len(rest)
+    while rest and not rest.endswith(b"\n"):
+        rest = stream.readline(BLOCK_BYTES)
+        read += len(rest)
+    return read, content[:begin], ((number + content.count(b"\n") + 1, TOO_LONG),)
+
+
+def _seek(stream: BinaryIO, file: InputFile, start: Position) -> Position:
+    """Go to a position of a plain file; a part begins with the first line that begins in it."""
+    if start.offset:
+        stream.seek(start.offset)
+        return start
+    lines, left = 0, file.start - 1
+    while left:
+        content = stream.read(min(left, BLOCK_BYTES))
+        lines, left = lines + content.count(b"\n"), left - len(content)
+    while not stream.readline(BLOCK_BYTES).endswith(b"\n") and stream.peek(1):
+        pass
+    return Position(start.file, stream.tell(), lines + 1)
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":
+        frames = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
+        return io.BufferedReader(frames)
+    return raw
+
+
+# ------------------------------------------------------------------------------------------------- parquet and text
+
+
+def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        if key not in table.schema_arrow.names:
+            raise DataError(
+                f"{file.path} has no column {key!r} (it has: {', '.join(table.schema_arrow.names)}):"
+                " name the one with the text by --json-keys"
+            )
+        rows, place = max(table.metadata.num_rows, 1), Position(start.file)
+        for batch in table.iter_batches(batch_size=64, columns=[key]):
+            end = Position(start.file, 0, place.number + batch.num_rows)
+            if place.number >= start.number:
+                read_bytes = _size(file) * end.number // rows
+                yield _block(file, place, end, texts=tuple(batch.column(0).to_pylist()), read_bytes=read_bytes)
+            place = end
+    except pyarrow.ArrowException as error:
+        raise OSError(f"is no parquet file or damaged: {error}") from error
+
+
+def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+    with file.path.open("rb") as raw, _decompressed(file.path, raw) as binary:
+        if file.from_folder and not _is_text(binary.peek(4096)[:4096]):
+            return
+        with io.TextIOWrapper(binary, encoding="utf-8", newline="") as stream:
+            for number, piece in enumerate(_pieces(stream)):
+                if number >= start.number:
+                    place, end = Position(start.file, 0, number), Position(start.file, 0, number + 1)
+                    name = f"{file.path}:{number}" if number else str(file.path)
+                    yield _block(file, place, end, texts=(piece,), names=(name,), read_bytes=raw.tell())
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file begins like UTF-8 text."""
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start > len(head) - 4 and b"\0" not in head  # a character cut at the end is no fault
+    return b"\0" not in head
+
+
+def _pieces(stream: io.TextIOWrapper) -> Iterator[str]:
+    """A text in pieces of at most PIECE_CHARACTERS that end at line ends where there are any."""
+    held = ""
+    while fresh := stream.read(PIECE_CHARACTERS - len(held)):
+        held += fresh
+        if len(held) == PIECE_CHARACTERS:
+            cut = held.rfind("\n") + 1 or len(held)
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+READERS = {**dict.fromkeys(JSON_LINES, _json_lines), ".parquet": _parquet}
+READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError)

@@ -1,0 +1,136 @@
+"""What a tokenising process runs. Imports neither torch nor megatron, so that processes start fast and stay small."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+
+import numpy as np
+
+from maha_megatron.data.layout import ITEM_TYPES
+from maha_megatron.data.prepare.blocks import Block, Position
+from maha_megatron.data.prepare.digest import TextDigest, digest_of
+from maha_megatron.data.prepare.documents import BadLine, documents_of, refuse
+from maha_megatron.data.prepare.index_file import token_code
+from maha_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+BATCH_CHARACTERS = 1 << 18
+"""Texts that are encoded in one call; what a tokenizer keeps beside the ids would grow with more."""
+PROVED_CHARACTERS = 200_000
+PROVED_BLOCKS = 4
+"""Text at the start of a corpus on which the fast way is held against the plain one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSettings:
+    """What decides the ids and which documents are taken."""
+
+    tokenizer: str
+    merges: str | None
+    append_end: bool
+    key: str
+    strict: bool
+    longest_bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """The documents of a block as tokens."""
+
+    ids: np.ndarray
+    """[tokens], in the dtype of the .bin: the documents end to end."""
+    lengths: np.ndarray
+    """int32 [documents]."""
+    text_bytes: int
+    digest: TextDigest
+    bad: tuple[BadLine, ...]
+    argument: str
+    end: Position
+    read_bytes: int
+
+
+class Encoder:
+    """Encodes blocks; one lives in each process.
+
+    Args:
+        settings: Of the run.
+        batched: Use the tokenizer's fast way, which `fast_way_agrees` vouches for.
+    """
+
+    def __init__(self, settings: EncodingSettings, batched: bool):
+        self.tokenizer: Tokenizer = load_tokenizer(settings.tokenizer, settings.merges)
+        self._settings, self._batched = settings, batched
+        self._item_type = np.dtype(ITEM_TYPES[token_code(self.tokenizer.vocabulary)])
+
+    def encode(self, block: Block) -> EncodedBlock:
+        """Encode a block's documents; one without text stays without tokens and gets no end, as in Megatron.
+
+        Raises:
+            DataError: A line is bad and the settings are strict.
+        """
+        bad: list[BadLine] = []
+        contents, parts, held, characters = [], [], [], 0
+        for document in documents_of(
+            block,
+            self._settings.key,
+            longest_bytes=self._settings.longest_bytes,
+            on_bad=refuse if self._settings.strict else bad.append,
+        ):
+            content = document.text.encode("utf-8", "replace")  # a lone surrogate becomes a question mark
+            contents.append(content)
+            held.append(content.decode())
+            characters += len(held[-1])
+            if characters >= BATCH_CHARACTERS:
+                parts += self._ids(held)
+                held, characters = [], 0
+        parts += self._ids(held)
+        return EncodedBlock(
+            np.concatenate(parts) if parts else np.zeros(0, dtype=self._item_type),
+            np.array([part.size for part in parts], dtype=np.int32),
+            sum(map(len, contents)),
+            digest_of(contents),
+            tuple(bad),
+            block.argument,
+            block.end,
+            block.read_bytes,
+        )
+
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._batched and texts:
+            encoded = self.tokenizer.encode_batch(texts)
+        else:
+            encoded = [np.array(self.tokenizer.encode(text), dtype=np.int32) for text in texts]
+        end = [self.tokenizer.end_of_document] if self._settings.append_end else []
+        return [np.concatenate([ids, end if ids.size else []]).astype(self._item_type) for ids in encoded]
+
+
+def fast_way_agrees(tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer's fast way gives the ids of its plain one on these texts."""
+    return all(
+        fast.tolist() == tokenizer.encode(text) for fast, text in zip(tokenizer.encode_batch(texts), texts, strict=True)
+    )
+
+
+_encoder: Encoder | None = None
+"""The process's encoder: a process pool offers no other place for what an initialiser makes."""
+
+
+def start_worker(settings: EncodingSettings, batched: bool) -> None:
+    """Initialise a tokenising process; it ends when the one that started it does, however that ends."""
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _encoder = Encoder(settings, batched)
+
+
+def end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def encode_block(block: Block) -> EncodedBlock:
+    """Encode a block in a process that was initialised."""
+    assert _encoder is not None
+    return _encoder.encode(block)

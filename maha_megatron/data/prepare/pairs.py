@@ -1,0 +1,277 @@
+"""Merging and splitting pairs in constant memory, with 64-bit offsets; holes of sparse files stay holes."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from maha_megatron.data import writing
+from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256, read_checksums
+from maha_megatron.data.layout import PairIndex, read_index
+from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from maha_megatron.data.prepare.digest import TextDigest, parse_digest
+from maha_megatron.data.prepare.index_file import in_chunks, write_index
+from maha_megatron.data.writing import settle, whole_file
+from maha_megatron.errors import DataError
+
+COPIED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Documents [first, last) of a pair."""
+
+    prefix: Path
+    index: PairIndex
+    first: int
+    last: int
+
+    @property
+    def sequences(self) -> tuple[int, int]:
+        return int(self.index.documents[self.first]), int(self.index.documents[self.last])
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        first, last = self.sequences
+        if first == last:
+            return 0, 0
+        end = int(self.index.pointers[last - 1]) + int(self.index.lengths[last - 1]) * self.index.item_type.itemsize
+        return int(self.index.pointers[first]), end
+
+
+def merge_pairs(
+    prefixes: Sequence[Path], output: Path, *, arguments: dict[str, Any], advance: Callable[[int], object]
+) -> Manifest | None:
+    """Write one pair with the documents of several, in order.
+
+    Args:
+        prefixes: Paths of the pairs without their endings.
+        output: Of the new pair; all or nothing.
+        arguments: Kept in the manifest.
+        advance: Called with bytes of the .bin that were done.
+
+    Returns:
+        The manifest; None where an input has none, since then nobody knows the tokenizer.
+
+    Raises:
+        DataError: A pair is damaged or of another dtype or tokenizer, or the output cannot be written.
+    """
+    parts = []
+    for prefix in prefixes:
+        index = read_index(prefix)
+        parts.append(_Part(prefix, index, 0, len(index.documents) - 1))
+        if Path(output).resolve() == Path(prefix).resolve():
+            raise DataError(f"{output} is an input of the merge too: write to another name")
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    _check_of_one_kind(parts, manifests)
+    known = all(manifests)
+    counted = known and all(manifest.checksums_sha256 for manifest in manifests)
+    sums = TokenSums(manifests[0].vocabulary if known else 0)
+    _write_documents(parts, output, sums, advance, count=known and not counted)
+    if not known:
+        return None
+    if counted:
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            sums.counts += read_checksums(prefix, manifest.checksums_sha256)[1]
+    text_bytes = [manifest.text_bytes for manifest in manifests]
+    return _describe(
+        output,
+        sums,
+        replace(
+            manifests[0],
+            end_appended=all(manifest.end_appended for manifest in manifests),
+            documents=sum(manifest.documents for manifest in manifests),
+            tokens=sum(manifest.tokens for manifest in manifests),
+            text_bytes=None if None in text_bytes else sum(text_bytes),
+            text_digest=_joined_digest(manifests),
+            sources=_joined_sources(manifests),
+            bad_lines=_added([manifest.bad_lines for manifest in manifests]),
+            arguments=arguments,
+        ),
+    )
+
+
+def split_pair(
+    prefix: Path, outputs: Sequence[tuple[Path, int]], *, arguments: dict[str, Any], advance: Callable[[int], object]
+) -> None:
+    """Write consecutive documents of a pair as pairs of their own.
+
+    Args:
+        prefix: Path of the pair without its ending.
+        outputs: Path of each new pair and how many documents it takes; together all of them.
+        arguments: Kept in the manifests.
+        advance: As in merge_pairs.
+
+    Raises:
+        DataError: The pair is damaged, or an output cannot be written.
+    """
+    index, manifest, first = read_index(prefix), read_manifest(prefix), 0
+    for output, documents in outputs:
+        part = _Part(prefix, index, first, first + documents)
+        sums = TokenSums(manifest.vocabulary if manifest else 0)
+        _write_documents([part], output, sums, advance, count=manifest is not None)
+        if manifest:
+            begin, end = part.bytes
+            share = {"documents": [first, first + documents], "of": manifest.text_digest}
+            part_of = replace(
+                manifest,
+                documents=documents,
+                tokens=(end - begin) // index.item_type.itemsize,
+                text_bytes=None,
+                text_digest=_hashed(manifest.text_digest, first, first + documents),
+                sources=(),
+                bad_lines={},
+                arguments={**arguments, "part": share},
+            )
+            _describe(output, sums, part_of)
+        first += documents
+    assert first == len(index.documents) - 1
+
+
+def _describe(output: Path, sums: TokenSums, manifest: Manifest) -> Manifest:
+    """Write checksums and manifest of a new pair."""
+    manifest = replace(
+        manifest,
+        unigram_entropy_nats=entropy_nats(sums.counts),
+        checksums_sha256=sums.save(output),
+        index_sha256=file_sha256(Path(f"{output}.idx")),
+        format=2,
+    )
+    write_manifest(output, manifest)
+    return manifest
+
+
+def _check_of_one_kind(parts: Sequence[_Part], manifests: Sequence[Manifest | None]) -> None:
+    first = parts[0]
+    for part in parts:
+        if part.index.code != first.index.code:
+            raise DataError(
+                f"{part.prefix} stores tokens as {part.index.item_type}, {first.prefix} as {first.index.item_type}:"
+                " they were made with different tokenizers; preprocess one of them again"
+            )
+    known = [(part.prefix, manifest) for part, manifest in zip(parts, manifests, strict=True) if manifest]
+    for prefix, manifest in known:
+        if manifest.tokenizer_fingerprint != known[0][1].tokenizer_fingerprint:
+            raise DataError(
+                f"{prefix} was made with another tokenizer than {known[0][0]}: preprocess one of them again"
+            )
+
+
+def _joined_digest(manifests: Sequence[Manifest]) -> str:
+    if any("-" not in manifest.text_digest for manifest in manifests):  # of format 1 or of a split: they do not join
+        return _hashed(*(manifest.text_digest for manifest in manifests))
+    joined = TextDigest()
+    for manifest in manifests:
+        joined = joined.join(parse_digest(manifest.text_digest))
+    return joined.hex
+
+
+def _hashed(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _joined_sources(manifests: Sequence[Manifest]) -> tuple:
+    """All sources in order; one that goes on in the next pair, as an input cut into partitions does, stays one."""
+    joined: list = []
+    for source in (source for manifest in manifests for source in manifest.sources):
+        last = joined[-1] if joined else None
+        if last and (last.name, last.licence, last.revision) == (source.name, source.licence, source.revision):
+            joined[-1] = replace(
+                last,
+                documents=last.documents + source.documents,
+                tokens=last.tokens + source.tokens,
+                text_bytes=last.text_bytes + source.text_bytes,
+                digest=parse_digest(last.digest).join(parse_digest(source.digest)).hex,
+            )
+        else:
+            joined.append(source)
+    return tuple(joined)
+
+
+def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {
+        kind: sum(part.get(kind, 0) for part in counts) for kind in sorted({kind for part in counts for kind in part})
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def _write_documents(
+    parts: Sequence[_Part], output: Path, sums: TokenSums, advance: Callable[[int], object], *, count: bool
+) -> None:
+    manifest_path(output).unlink(missing_ok=True)
+    bin_path, idx_path = Path(f"{output}.bin"), Path(f"{output}.idx")
+    with whole_file(bin_path) as partial, partial.open("wb") as stream:
+        for part in parts:
+            _copy(part, stream, sums, advance, count=count)
+        stream.truncate(stream.tell())  # a hole at the end is there only when the size says so
+        settle(stream)
+        idx_path.unlink(missing_ok=True)  # never an old index beside the new tokens
+
+    def lengths() -> Iterator[np.ndarray]:
+        for part in parts:
+            first, last = part.sequences
+            yield from in_chunks(part.index.lengths[first:last])
+
+    def documents() -> Iterator[np.ndarray]:
+        yield np.zeros(1, dtype=np.int64)
+        before = 0
+        for part in parts:
+            first, last = part.sequences
+            for chunk in in_chunks(part.index.documents[part.first + 1 : part.last + 1]):
+                yield chunk - first + before
+            before += last - first
+
+    write_index(
+        idx_path,
+        code=parts[0].index.code,
+        sequences=sum(part.sequences[1] - part.sequences[0] for part in parts),
+        bounds=1 + sum(part.last - part.first for part in parts),
+        lengths=lengths,
+        documents=documents,
+    )
+
+
+def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int], object], *, count: bool) -> None:
+    """Append a part's tokens; holes are passed over."""
+    begin, end = part.bytes
+    with Path(f"{part.prefix}.bin").open("rb", buffering=0) as source:
+        while begin < end:
+            data = _next(source, begin, os.SEEK_DATA, end)
+            target.seek(data - begin, os.SEEK_CUR)
+            sums.add_zeros(data - begin)
+            if count:
+                sums.counts[0] += (data - begin) // part.index.item_type.itemsize
+            advance(data - begin)
+            begin = _next(source, data, os.SEEK_HOLE, end)
+            source.seek(data)
+            while data < begin:
+                content = source.read(min(COPIED_AT_ONCE, begin - data))
+                if not content:
+                    raise DataError(f"{part.prefix}.bin became shorter while it was read")
+                writing.write(target, content)
+                if count:
+                    sums.add(np.frombuffer(content, dtype=part.index.item_type))
+                else:
+                    sums.add_bytes(content)
+                advance(len(content))
+                data += len(content)
+
+
+def _next(source: BinaryIO, position: int, what: int, end: int) -> int:
+    """Where the next data or hole begins, at most `end`; a file system that knows no holes has data everywhere."""
+    if position >= end:
+        return end
+    try:
+        return min(os.lseek(source.fileno(), position, what), end)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data up to the end of the file
+            return end
+        return position if what == os.SEEK_DATA else end

@@ -1,0 +1,166 @@
+"""Preprocessing in partitions: consecutive parts of the input, each made a pair on its own, and then merged.
+
+One process that reads serves some hundred that tokenise; partitions are for more cores than that.
+"""
+
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from maha_megatron.data import writing
+from maha_megatron.data.checksums import checksums_path
+from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from maha_megatron.data.prepare.blocks import InputFile, divide, read_blocks
+from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
+from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
+from maha_megatron.data.prepare.pairs import merge_pairs
+from maha_megatron.data.prepare.spool import Spool, bad_lines_path, remove_leftover
+from maha_megatron.data.prepare.stage import finished_record
+from maha_megatron.data.writing import whole_file
+from maha_megatron.errors import DataError, MahaError
+
+QUEUE_WAIT_S = 0.2
+
+
+def write_in_partitions(
+    files: Sequence[InputFile],
+    prefix: Path,
+    *,
+    partitions: int,
+    settings: EncodingSettings,
+    workers: int,
+    arguments: dict[str, Any],
+    advance: Callable[[int, int, int], object],
+    say: Callable[[str], object],
+    revisions: dict[str, tuple[str, str]],
+) -> Manifest:
+    """As encode.write_pair, by several processes that read.
+
+    Args:
+        files: The input.
+        partitions: How many processes read; fewer where the files cannot be cut so often.
+        workers: Tokenising processes, shared among the partitions.
+        advance: Called with documents, text bytes and input bytes done so far.
+
+    Raises:
+        DataError: As encode.write_pair; what other partitions did stays for the next run.
+    """
+    parts = divide(files, partitions)
+    names = [prefix.with_name(f"{prefix.name}.partition-{n}-of-{len(parts)}") for n in range(len(parts))]
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    running = {}
+    for number, (part, name) in enumerate(zip(parts, names, strict=True)):
+        share = max(1, workers // len(parts) + (number < workers % len(parts)))
+        part_arguments = {**arguments, "partition": [number, len(parts)]}
+        job = (number, part, name, settings, share, part_arguments, revisions, messages)
+        running[number] = context.Process(target=_write_partition, args=job)
+        running[number].start()
+    try:
+        _watch(running, messages, advance, say)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+    manifest = merge_pairs(names, prefix, arguments=arguments, advance=lambda num_bytes: None)
+    _join_bad_lines(names, prefix)
+    for name in names:
+        remove_pair(name)
+    if manifest.tokens == 0:
+        remove_pair(prefix)
+        raise DataError(NO_TEXT)
+    return manifest
+
+
+def _watch(
+    running: dict[int, Any], messages: Any, advance: Callable[[int, int, int], object], say: Callable[[str], object]
+) -> None:
+    """Wait for all partitions."""
+    done: dict[int, tuple[int, int, int]] = {}
+    left = set(running)
+    while left:
+        try:
+            number, kind, content = messages.get(timeout=QUEUE_WAIT_S)
+        except queue.Empty:
+            dead = [number for number in left if running[number].exitcode not in (None, 0)]
+            if dead:
+                raise DataError(
+                    f"the process of partition {dead[0]} was killed, most likely because memory ran out: use fewer"
+                    " --workers, and run the same command again; it continues"
+                ) from None
+            continue
+        if kind == "error":
+            raise DataError(content)
+        if kind == "say":
+            say(content)
+        elif kind == "progress":
+            done[number] = content
+            advance(*map(sum, zip(*done.values(), strict=True)))
+        else:
+            left.discard(number)
+
+
+def _write_partition(
+    number: int,
+    files: Sequence[InputFile],
+    prefix: Path,
+    settings: EncodingSettings,
+    workers: int,
+    arguments: dict[str, Any],
+    revisions: dict[str, tuple[str, str]],
+    messages: Any,
+) -> None:
+    """What the process of a partition runs; it tells of everything by messages."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+    def tell(kind: str, content: Any = None) -> None:
+        messages.put((number, kind, content))
+
+    def advance(spool: Spool) -> None:
+        tell("progress", (spool.documents, spool.text_bytes, spool.read_bytes))
+
+    try:
+        outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+        if not finished_record(manifest_path(prefix), outputs, arguments):
+            write_pair(
+                partial(read_blocks, files, settings.key, longest_bytes=settings.longest_bytes),
+                prefix,
+                settings=settings,
+                workers=workers,
+                arguments=arguments,
+                advance=advance,
+                say=lambda text: tell("say", text),
+                revisions=revisions,
+                allow_empty=True,
+            )
+        manifest = read_manifest(prefix)
+        tell("progress", (manifest.documents, manifest.text_bytes, sum(map(_part_bytes, files))))
+        tell("done")
+    except MahaError as error:
+        tell("error", str(error))
+
+
+def _part_bytes(file: InputFile) -> int:
+    return (file.path.stat().st_size if file.stop is None else file.stop) - file.start
+
+
+def _join_bad_lines(parts: Sequence[Path], prefix: Path) -> None:
+    found = [bad_lines_path(part) for part in parts if bad_lines_path(part).is_file()]
+    bad_lines_path(prefix).unlink(missing_ok=True)
+    if found:
+        with whole_file(bad_lines_path(prefix)) as joined, joined.open("wb") as stream:
+            for path in found:
+                writing.write(stream, path.read_bytes())
+
+
+def remove_pair(prefix: Path) -> None:
+    """Remove a pair and what lies beside it, the manifest first."""
+    remove_leftover(prefix)
+    for path in (manifest_path(prefix), checksums_path(prefix), bad_lines_path(prefix)):
+        path.unlink(missing_ok=True)
+    for ending in ("bin", "idx"):
+        Path(f"{prefix}.{ending}").unlink(missing_ok=True)

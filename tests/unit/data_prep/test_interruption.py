@@ -1,0 +1,192 @@
+"""What a kill or a full disk leaves: the next run continues, and the bytes are those of an undisturbed run."""
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maha_megatron.data import writing
+from maha_megatron.data.prepare import spool
+from maha_megatron.errors import DataError
+from tests.support.corpora import odd_corpus, pair_bytes, sentencepiece_model, settings_for, write_inputs
+from tests.support.runs import ROOT, import_path
+
+
+class FullDisk(Exception):
+    """The error for the user says that the disk is full."""
+
+
+DOCUMENTS, KILLS = 1500, 3
+FULL_DOCUMENTS, FULL_KILLS = 120_000, 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sentencepiece_model(tmp_path_factory.mktemp("tokenizer") / "small.model")
+
+
+def start(corpus: Path, prefix: Path, model: str, *more: object) -> subprocess.Popen:
+    """Preprocessing as a user runs it, in a session of its own."""
+    words = [sys.executable, ROOT / "data_prep/preprocess.py", "--input", corpus, "--output-prefix", prefix]
+    words += ["--tokenizer-model", model, *more]
+    return subprocess.Popen(
+        list(map(str, words)),
+        env={**os.environ, "PYTHONPATH": import_path()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_at_random(
+    corpus: Path, prefix: Path, model: str, *more: object, kills: int, longest_s: float, seed: int
+) -> int:
+    """Start and kill with SIGKILL, the main process only, at random moments; then run to the end. Kills that hit."""
+    chance, hits = random.Random(seed), 0
+    for _ in range(kills):
+        process = start(corpus, prefix, model, *more)
+        time.sleep(chance.uniform(0.3, longest_s))
+        process.kill()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode in (-signal.SIGKILL, 0), output
+        hits += process.returncode == -signal.SIGKILL
+    process = start(corpus, prefix, model, *more)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return hits
+
+
+@pytest.mark.parametrize("more", [("--workers", 1), ("--workers", 2), ("--workers", 2, "--partitions", 2)])
+def test_killed_and_continued_gives_the_same_bytes(tmp_path: Path, model: str, more: tuple) -> None:
+    odd_corpus(tmp_path / "odd.jsonl", 8 * DOCUMENTS)
+    write_inputs([tmp_path / "odd.jsonl"], tmp_path / "straight", settings_for(model))
+    hits = kill_at_random(tmp_path / "odd.jsonl", tmp_path / "p", model, *more, kills=KILLS, longest_s=1.2, seed=1)
+    assert hits >= 1
+    assert pair_bytes(tmp_path / "p_text_document") == pair_bytes(tmp_path / "straight")
+    assert not list(tmp_path.glob("*partial*")) + list(tmp_path.glob("*partition*"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("more", [("--workers", 2), ("--workers", 2, "--partitions", 3)])
+def test_killed_twenty_times_gives_the_same_bytes(tmp_path: Path, model: str, more: tuple) -> None:
+    odd_corpus(tmp_path / "odd.jsonl", FULL_DOCUMENTS)
+    write_inputs([tmp_path / "odd.jsonl"], tmp_path / "straight", settings_for(model))
+    hits = kill_at_random(tmp_path / "odd.jsonl", tmp_path / "p", model, *more, kills=FULL_KILLS, longest_s=3.0, seed=2)
+    assert hits == FULL_KILLS
+    assert pair_bytes(tmp_path / "p_text_document") == pair_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_a_run_goes_on_where_it_was_committed(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """Every block is committed, the run dies after some of them, and the files were written beyond the last commit."""
+    monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", 20_000)
+    corpus = tmp_path / "odd.jsonl"
+    odd_corpus(corpus, DOCUMENTS, long_bytes=0)
+    expected = write_inputs([corpus], tmp_path / "straight", settings_for(model))
+    monkeypatch.setattr(spool, "COMMIT_INTERVAL_S", -1.0)
+    seen = []
+
+    def die(progress) -> None:
+        seen.append(progress.documents)
+        if len(seen) == blocks + 1:
+            with open(progress._folder / "tokens", "ab") as stream:
+                stream.write(b"not committed")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_inputs([corpus], tmp_path / "p", settings_for(model), advance=die)
+    assert not Path(f"{tmp_path}/p.bin").exists()
+    said, first = [], []
+    found = write_inputs(
+        [corpus],
+        tmp_path / "p",
+        settings_for(model),
+        say=said.append,
+        advance=lambda progress: first.append(progress.documents),
+    )
+    assert first[0] == seen[-1] > 0
+    assert "continuing" in said[0]
+    assert found == expected
+    assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
+
+
+def test_other_arguments_begin_anew(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tmp_path / "odd.jsonl"
+    odd_corpus(corpus, 300, long_bytes=0)
+    monkeypatch.setattr(spool, "COMMIT_INTERVAL_S", -1.0)
+
+    def die(progress) -> None:
+        if progress.documents:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_inputs([corpus], tmp_path / "p", settings_for(model), advance=die)
+    said = []
+    settings = settings_for(model, append_end=False)
+    write_inputs([corpus], tmp_path / "p", settings, say=said.append)
+    assert said == []
+    write_inputs([corpus], tmp_path / "q", settings)
+    assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "q")
+
+
+def test_two_processes_do_not_write_one_pair(tmp_path: Path, model: str) -> None:
+    corpus = tmp_path / "odd.jsonl"
+    odd_corpus(corpus, 100, long_bytes=0)
+
+    def start_another(progress) -> None:
+        with pytest.raises(DataError, match="is being written by another process"):
+            write_inputs([corpus], tmp_path / "p", settings_for(model))
+
+    write_inputs([corpus], tmp_path / "p", settings_for(model), advance=start_another)
+
+
+def test_a_full_disk_is_said_and_nothing_half_written_is_left(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC at the n-th write, for every n that there is; then space, and the run continues."""
+    corpus = tmp_path / "odd.jsonl"
+    odd_corpus(corpus, 300, long_bytes=0)
+    write_inputs([corpus], tmp_path / "straight", settings_for(model))
+    plain, left = writing.write, 0
+
+    def write(stream, content) -> None:
+        nonlocal left
+        if left == 0:
+            stream.write(bytes(content)[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= 1
+        plain(stream, content)
+
+    def preprocess_or_full() -> None:
+        try:
+            write_inputs([corpus], tmp_path / "p", settings_for(model))
+        except DataError as error:
+            if "No space left on device" not in str(error):
+                raise
+            raise FullDisk from error
+
+    monkeypatch.setattr(writing, "write", write)
+    monkeypatch.setattr(spool, "COMMIT_INTERVAL_S", -1.0)
+    writes = 0
+    while True:
+        left = writes
+        with contextlib.suppress(FullDisk):
+            preprocess_or_full()
+            break
+        names = {path.name for path in tmp_path.glob("p.*")} - {"p.partial"}
+        assert "p.manifest.json" not in names
+        for name in names:  # what has its final name is whole
+            assert (tmp_path / name).read_bytes() == (tmp_path / name.replace("p.", "straight.", 1)).read_bytes()
+        writes += 1
+    assert writes >= 8
+    assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
