@@ -86,7 +86,7 @@ def maha_attention(
     operators = backend_named(backend)
     if state is None:
         check_document_start(document_start_t)
-        attended, _ = _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights)
+        attended = _attend_whole(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights)
         return _output([attended], with_weights, None)
     check_state(state, spec, q_tnd, k_tgd)
     document_start_t = document_start_t.long()
@@ -101,7 +101,7 @@ def maha_attention(
     streams, states = [], []
     for stream, piece in enumerate(zip(*by_stream, strict=True)):
         try:
-            attended, levels = _attend(operators, *piece, parameters, spec, with_weights, state.past(stream))
+            attended, levels = _attend_piece(operators, *piece, parameters, spec, with_weights, state.past(stream))
         except UnsolvedProgram as error:
             row = stream * len(piece[0]) + error.row
             raise UnsolvedProgram(error.reason, row=row, head=error.head) from error
@@ -110,17 +110,25 @@ def maha_attention(
     return _output(streams, with_weights, MahaState.stack(states))
 
 
-def _attend(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights, past: Past | None = None):
-    """Attended of one sequence, or of its next piece, and the packed keys and values of every scale."""
-    entries = past_slots = None
-    if past is not None:
-        entries, past_slots = past.entries, spec.windows
+def _attend_whole(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights) -> Attended:
+    """Of one whole sequence."""
     if spec.convolution:
-        rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
-        mixed = operators.convolve(*rows) if past is None else operators.convolve(*rows, past.rows)
-        q_tnd, k_tgd, v_tgd = mixed
-    levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec, entries)
-    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights), levels
+        q_tnd, k_tgd, v_tgd = operators.convolve(q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution)
+    if operators.attend_sequence is not None:
+        attended = operators.attend_sequence(q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights)
+        if attended is not None:
+            return attended
+    levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec)
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, None, with_weights)
+
+
+def _attend_piece(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, spec, with_weights, past: Past):
+    """Attended of a stream's next piece, and the packed keys and values of every scale."""
+    if spec.convolution:
+        rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution, past.rows)
+        q_tnd, k_tgd, v_tgd = operators.convolve(*rows)
+    levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec, past.entries)
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, spec.windows, with_weights), levels
 
 
 def _output(streams: Sequence[Attended], with_weights: bool, state: MahaState | None) -> MahaOutput:

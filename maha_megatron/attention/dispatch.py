@@ -26,13 +26,15 @@ _log = logging.getLogger(__name__)
 class Backend:
     """The operators of one implementation; signatures as in the naive one of each.
 
-    `advance` (decode/triton.py) does all of them at once for the next few rows of a state's streams, where it can.
+    Where a backend has them and they can: `attend_sequence` (triton_sequence.py) does build_pyramid and attend at once
+    for a sequence without a state, `advance` (decode/triton.py) everything for the next few rows of a state's streams.
     """
 
     convolve: Callable
     build_pyramid: Callable
     attend: Callable
     attend_dense: Callable
+    attend_sequence: Callable | None = None
     advance: Callable | None = None
 
 
@@ -83,11 +85,13 @@ def _kernels() -> Backend:
     import maha_megatron.attention.decode.triton as decode_triton
     import maha_megatron.attention.pyramid.triton as pyramid_triton
     import maha_megatron.attention.scale_attention.triton as scale_attention_triton
+    import maha_megatron.attention.triton_sequence as triton_sequence
 
     return Backend(
         convolve=convolution_triton.convolve,
         build_pyramid=pyramid_triton.build_pyramid,
         attend=scale_attention_triton.attend,
         attend_dense=dense_eager.attend_dense,
+        attend_sequence=triton_sequence.attend_sequence,
         advance=decode_triton.advance,
     )

@@ -22,7 +22,7 @@ from maha_megatron.errors import ConfigError, MahaError
 _LEAST_TURNS = 3
 _REASON = 160  # characters of each thing that torch says
 _FLUSH_BYTES = 256 * 2**20  # several times the second-level cache of any card
-_MOST_FLUSHES = 40
+_MOST_FLUSHES = 400
 _HOST_MARGIN = 1.5
 _PRODUCT_WIDTH, _COPY_BYTES, _RATE_REPEATS = 8192, 2**30, 10
 

@@ -36,9 +36,14 @@ def build_pyramid(
         rows = tuple(torch.cat(parts) for parts in zip(past[0], rows, strict=True))
     if spec.scales == 1:
         return [rows]
-    learned = [getattr(parameters, name) for name in eager.LEARNED[spec.downsampling]]
+    learned = learned_of(parameters, spec)
     older = [] if past is None else [tensor for level in past[1:] for tensor in level]
     return pairs(_Pyramid.apply(spec, document_start_t, len(learned), *rows, *learned, *older))
+
+
+def learned_of(parameters: AttentionParameters, spec: MahaSpec) -> list[torch.Tensor]:
+    """The learned tensors of a downsampling; none where there is one scale."""
+    return [] if spec.scales == 1 else [getattr(parameters, name) for name in eager.LEARNED[spec.downsampling]]
 
 
 def what_no_kernel_serves(rows: tuple[torch.Tensor, ...], spec: MahaSpec) -> str | None:

@@ -95,11 +95,16 @@ class Call:
             levels.append(pooled)
         return levels
 
-    def backward(self, levels: Sequence[Level], grads: Sequence[Level]) -> tuple[list[Level], list[torch.Tensor]]:
-        """Whole gradients of all levels, and those of the learned tensors; `grads`: what is given of each level."""
+    def backward(
+        self, levels: Sequence[Level], grads: Sequence[Level], *, in_place: bool = False
+    ) -> tuple[list[Level], list[torch.Tensor]]:
+        """Whole gradients of all levels, and those of the learned tensors; `grads`: what is given of each level.
+
+        With `in_place`, the former are written over the latter.
+        """
         totals, of_scales = [grads[-1]], []
         for scale in range(self.scales - 1, 0, -1):
-            total = self.empty(scale - 1)
+            total = grads[scale - 1] if in_place else self.empty(scale - 1)
             launch, parts = self.gradient(scale, levels[scale - 1], totals[0], grads[scale - 1], total)
             launch.run()
             totals.insert(0, total)

@@ -142,7 +142,7 @@ def pool_gradient_kernel(
     learned,
     grad_pooled,  # whole
     grad_finer,  # what scale attention gave
-    grad_total,  # what is written: with the share of grad_pooled
+    grad_total,  # what is written, perhaps over grad_finer: with the share of grad_pooled
     parts,  # of the learned tensors: query [tiles, 2, g, d] and bias [tiles, 2, g, r]; kernel [tiles, 2, g, d, r]
     pieces,
     slots_in_front,  # slots before slot 0, for the entries of the past

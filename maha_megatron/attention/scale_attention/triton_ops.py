@@ -31,7 +31,7 @@ def attend_jointly(
 
     As `attend_jointly` of eager_joint.py, for one softmax over all scales.
     """
-    tuning = tuning or tuning_for(q_tnd.dtype.itemsize, _capability(q_tnd.device))
+    tuning = tuning or tuning_for(q_tnd.dtype.itemsize, capability_of(q_tnd.device))
     out, _, weights = joint_attention(
         q_tnd,
         parameters.query_gain,
@@ -52,9 +52,14 @@ def attend_jointly(
     return out, weights if with_weights else None
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def is_one_softmax(spec: MahaSpec) -> bool:
+    """Whether the operator is one softmax over the keys of all scales."""
+    return spec.scales == 1 or (spec.queries == "full" and spec.joint_softmax and spec.lse_utility)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
     """Of the card; of an Ampere where there is none."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return torch.cuda.get_devicecapability_of(device) if device.type == "cuda" else (8, 0)
 
 
 @torch.library.custom_op("maha_megatron::joint_attention", mutates_args=())
@@ -79,7 +84,12 @@ def joint_attention(
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
     call = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     out, lse, scale_lse = call.forward(with_weights)
-    return out, lse, lse.new_empty(0) if scale_lse is None else torch.exp2(scale_lse - lse.T[..., None])
+    return out, lse, weights_of(lse, scale_lse)
+
+
+def weights_of(lse: torch.Tensor, scale_lse: torch.Tensor | None) -> torch.Tensor:
+    """Scale weights [t, n, L] of log-sum-exps [n, t] and [t, n, L] in units of log 2; empty without the latter."""
+    return lse.new_empty(0) if scale_lse is None else torch.exp2(scale_lse - lse.T[..., None])
 
 
 @joint_attention.register_fake

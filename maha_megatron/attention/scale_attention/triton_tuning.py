@@ -42,7 +42,7 @@ class Tuning:
     query_gradient: Tiles = Tiles()
     key_gradient: Tiles = Tiles()
     span: int = 4096
-    programs: int = 4096
+    programs: int = 2048
 
 
 def numbers_of(tuning: Tuning) -> list[int]:
