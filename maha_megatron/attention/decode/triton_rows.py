@@ -1,16 +1,18 @@
 """The new rows of every stream: convolved, pooled into the blocks that they complete, and kept raw for the next piece.
 
 A program has one head of q, k or v of one stream. A block's children are entries of the state, rows of the piece or
-blocks that the program has just written: scales follow one another, with a barrier between. Where no block of a scale
-is completed, none of a coarser one is: after most tokens that is so at once.
+blocks that the program has just made, so scales follow one another; where none of a scale is completed, none of a
+coarser one is. Of a single row all children but the last are entries of the state: those of all scales are asked for at
+once, whatever the row completes, and no scale waits for memory. More rows hand their blocks on through memory.
 """
 
 import triton
 import triton.language as tl
 
 from maha_megatron.attention.convolution.triton_walk import at_rows, line_of, load_taps, sigmoid
-from maha_megatron.attention.decode.triton_step import at_fresh, at_slots, blocks_of, document_at
-from maha_megatron.attention.pyramid.triton_pool import gates_of, shares_of
+from maha_megatron.attention.decode.triton_step import at_fresh, at_held, at_slots, blocks_of, document_at
+from maha_megatron.attention.pyramid.triton_pool import gates_of, load_gate, shares_of
+from maha_megatron.attention.triton_slots import stride_of
 
 
 @triton.jit
@@ -72,13 +74,58 @@ def pool_blocks(
     member = tl.load(at[:, :, None] + channel[None, None, :], mask=real, other=0.0).to(tl.float32)
     line = ((scale - 1) * 2 + kind) * g + group
     if STEP.method == "gated":
-        gates, _query = gates_of(member, learned, line, STEP.ratio, CHILDREN, width)
-        block = tl.sum(member * gates[:, :, None], 1)
+        query, bias = load_gate(learned, line, STEP.ratio, CHILDREN, width)
+        block = tl.sum(member * gates_of(member, query, bias)[:, :, None], 1)
     else:
         block = tl.sum(member * shares_of(member, learned, line, STEP.method, STEP.ratio, CHILDREN, width), 1)
     to = at_fresh(fresh, stream, slot, scale, kind, group, g, STEP)[:, None] + channel[None, :]
     tl.store(to, block.to(fresh.dtype.element_ty), mask=complete[:, None])
     return tl.sum(complete.to(tl.int32), 0)
+
+
+@triton.jit
+def ask_for_children(entries, learned, stream, kind, group, g, STEP: tl.constexpr, CHILDREN: tl.constexpr):
+    """Of every coarse scale the r - 1 newest entries of the finer one [1, children, d], and the gates' query and bias.
+
+    `kind` is -1 in a program of q, which asks for no entries.
+    """
+    width: tl.constexpr = 2 * STEP.half
+    child, channel = tl.arange(0, CHILDREN), tl.arange(0, width)
+    HELD: tl.constexpr = STEP.held
+    asked = ((child < STEP.ratio - 1) & (kind >= 0))[None, :, None]
+    kind, group = tl.maximum(kind, 0), tl.minimum(group, g - 1)
+    members, gates = (), ()
+    for scale in tl.static_range(1, len(STEP.windows)):
+        index = HELD[scale - 1] - (STEP.ratio - 1) + child
+        at = at_held(entries, stream, index, scale - 1, kind, group, g, STEP)[None, :, None] + channel[None, None, :]
+        members += (tl.load(at, mask=asked, other=0.0),)
+        if STEP.method == "gated":
+            line = ((scale - 1) * 2 + kind) * g + group
+            gates += (load_gate(learned, line, STEP.ratio, CHILDREN, width),)
+    return members, gates
+
+
+@triton.jit
+def pool_row(
+    members, gates, fresh, learned, row, read, stream, kind, group, g, STEP: tl.constexpr, CHILDREN: tl.constexpr
+):
+    """Writes the piece's slot of every coarse scale where the piece is a `row` [1, d], the `read`th of its document."""
+    width: tl.constexpr = 2 * STEP.half
+    newest, last = row, (tl.arange(0, CHILDREN) == STEP.ratio - 1)[None, :, None]
+    for scale in tl.static_range(1, len(STEP.windows)):
+        block = tl.zeros([1, width], fresh.dtype.element_ty)
+        if read % stride_of(STEP.ratio, scale) == 0:
+            member = tl.where(last, newest[:, None, :], members[scale - 1]).to(tl.float32)
+            if STEP.method == "gated":
+                query, bias = gates[scale - 1]
+                share = gates_of(member, query, bias)[:, :, None]
+            else:
+                line = ((scale - 1) * 2 + kind) * g + group
+                share = shares_of(member, learned, line, STEP.method, STEP.ratio, CHILDREN, width)
+            block = tl.sum(member * share, 1).to(fresh.dtype.element_ty)
+        to = at_fresh(fresh, stream, 0, scale, kind, group, g, STEP) + tl.arange(0, width)[None, :]
+        tl.store(to, block)
+        newest = block
 
 
 @triton.jit
@@ -101,6 +148,8 @@ def advance_rows_kernel(
     line, stream = tl.program_id(0), tl.program_id(1)
     kind, head, line_of_taps = line_of(line, packed)
     row, channel = tl.arange(0, ROWS), tl.arange(0, width)
+    if STEP.rows == 1:
+        members, gates = ask_for_children(old.entries, learned, stream, kind - 1, head, packed.g, STEP, CHILDREN)
     inside, starts = (row < STEP.rows)[:, None], packed.document_start + stream * STEP.rows
     document = document_at(starts, STEP.rows - 1, STEP)
     mixed = tl.load(at_rows(x, kind, head, stream * STEP.rows + row, width), mask=inside, other=0.0)
@@ -113,8 +162,8 @@ def advance_rows_kernel(
         sum_of_taps = oldest_tap * oldest + second_tap * second + own_tap * own
         mixed = (own + sum_of_taps * sigmoid(sum_of_taps)).to(queries.dtype.element_ty)
         keep_rows(x, old.rows, new.rows, kind, head, line, stream, document, packed, STEP)
+    read = STEP.rows - document
     if line == 0:
-        read = STEP.rows - document
         back = tl.where(document < 0, tl.load(old.rewindable + stream).to(tl.int32) + STEP.rows, read)
         tl.store(new.offset + stream, read.to(tl.int64))
         tl.store(new.rewindable + stream, tl.minimum(back, STEP.rewind_rows).to(tl.int64))
@@ -124,7 +173,10 @@ def advance_rows_kernel(
     else:
         to = at_fresh(fresh, stream, row, 0, kind - 1, head, packed.g, STEP)[:, None] + channel[None, :]
         tl.store(to, mixed, mask=inside)
-        if len(STEP.windows) > 1:
+        if STEP.rows == 1:
+            numbers = (read, stream, kind - 1, head, packed.g)
+            pool_row(members, gates, fresh, learned, mixed, *numbers, STEP, CHILDREN)
+        elif len(STEP.windows) > 1:
             clear_blocks(fresh, stream, kind - 1, head, packed.g, STEP, COARSE)
             completed = STEP.rows
             for scale in tl.static_range(1, len(STEP.windows)):

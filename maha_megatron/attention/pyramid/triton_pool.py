@@ -74,14 +74,19 @@ def at_entries(pair, kind, entry, group, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def gates_of(member, learned, line, RATIO: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr):
-    """Softmax over the children [slots, children] of <query, child> + bias, and the query; `line`: of [2, g]."""
+def load_gate(learned, line, RATIO: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr):
+    """Query [d] and bias [children] of gates, in fp32; `line`: of [2, g], or of [L-1, 2, g]."""
     child = tl.arange(0, CHILDREN)
     query = tl.load(learned[0] + line * WIDTH + tl.arange(0, WIDTH)).to(tl.float32)
-    bias = tl.load(learned[1] + line * RATIO + child, mask=child < RATIO, other=float("-inf")).to(tl.float32)
+    return query, tl.load(learned[1] + line * RATIO + child, mask=child < RATIO, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def gates_of(member, query, bias):
+    """Softmax over the children [slots, children] of <query, child> + bias."""
     score = tl.sum(member * query[None, None, :], 2) + bias[None, :]
     gate = tl.exp(score - tl.max(score, 1)[:, None])
-    return gate / tl.sum(gate, 1)[:, None], query
+    return gate / tl.sum(gate, 1)[:, None]
 
 
 @triton.jit
@@ -128,7 +133,8 @@ def pool_kernel(
         member = tl.load(at_entries(finer, kind, entry, group, WIDTH), mask=real, other=0.0).to(tl.float32)
         line = kind * g + group
         if METHOD == "gated":
-            gates, _query = gates_of(member, learned, line, RATIO, CHILDREN, WIDTH)
+            query, bias = load_gate(learned, line, RATIO, CHILDREN, WIDTH)
+            gates = gates_of(member, query, bias)
             block = tl.sum(member * gates[:, :, None], 1)
         else:
             block = tl.sum(member * shares_of(member, learned, line, METHOD, RATIO, CHILDREN, WIDTH), 1)
@@ -170,7 +176,8 @@ def pool_gradient_kernel(
         grad_block = tl.load(pooled_at, mask=complete[:, None, None], other=0.0).to(tl.float32)
         line, part = kind * g + group, (tl.program_id(0) * 2 + kind) * g + group
         if METHOD == "gated":
-            gates, query = gates_of(member, learned, line, RATIO, CHILDREN, WIDTH)
+            query, bias = load_gate(learned, line, RATIO, CHILDREN, WIDTH)
+            gates = gates_of(member, query, bias)
             grad_gates = tl.sum(member * grad_block, 2)
             grad_scores = gates * (grad_gates - tl.sum(gates * grad_gates, 1)[:, None])
             grad = gates[:, :, None] * grad_block + grad_scores[:, :, None] * query[None, None, :]
