@@ -94,7 +94,7 @@ class MasterOptimizer:
             master.grad = torch.zeros_like(master)
         self._clip_norm, rate = config.optimizer.clip_norm, config.schedule.peak
         options = hyperparameters(config.optimizer, decays=True)
-        self._adamw = torch.optim.AdamW(self._masters, lr=rate, fused=torch.cuda.is_available(), **options)
+        self._adamw = torch.optim.AdamW(self._masters, lr=rate, fused=self._masters[0].is_cuda, **options)
 
     @torch.no_grad()
     def accumulate(self) -> None:

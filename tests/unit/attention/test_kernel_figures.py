@@ -194,6 +194,19 @@ def test_goals_of_memory_are_against_the_dense_kernel_that_is_fastest():
     }
 
 
+def test_memory_that_nobody_weighed_has_no_ratio():
+    memory = {"maha": Memory(kept_bytes=1, peak_bytes=1), "flash": Memory(kept_bytes=1, peak_bytes=1)}
+    row = kernel_row(1024, (1.0, 1.0), cudnn=(1.0, 1.0), flash=(2.0, 2.0), memory=memory)
+    assert row.memory_ratio("kept_bytes") is None, "that of cudnn, which is the fastest, is not known"
+    assert goals([row]) == []
+
+
+def test_documents_of_several_lengths_are_no_batch():
+    setting = dataclasses.replace(SMALL, mixed=True)
+    with pytest.raises(AssertionError, match="no batch"):
+        sdpa(setting, draw_inputs(setting, 64, torch.float32))()
+
+
 def test_goals_of_general_operators_are_ratios_and_what_did_not_run_missed():
     seconds = {"no LSE": (1.25, 1.3), "gram": (1.0, 1.8), "nash": (1.0, 1.0)}
     row = kernel_row(4096, (1.0, 1.0), case=GENERAL, default=(1.0, 1.0), **seconds)

@@ -126,3 +126,13 @@ def test_scale_weights_are_collected_only_when_asked_for():
     model.collect_scale_weights = False
     assert model.scale_weights() == {}
     assert model(*batch) == loss
+
+
+def test_the_mlp_is_a_swiglu_whose_first_rows_are_the_gate():
+    model = random_model(tiny_config())
+    mlp, hidden = model.layers[0].mlp, torch.randn(5, 1, 32)
+    gate, up = (hidden @ mlp.linear_fc1.weight.t()).split(48, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up) @ mlp.linear_fc2.weight.t()
+    out, bias = mlp(hidden)
+    assert bias is None
+    torch.testing.assert_close(out, expected)
