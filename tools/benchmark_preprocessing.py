@@ -4,13 +4,15 @@
 
 The input's documents are repeated to so many bytes. One thread then encodes 32 MB of them, which is the tokenizer's own
 speed; preprocessing with as many workers as cores is to reach 90 % of that times the cores, and no process more than
-400 MB of memory (resident, looked at twice a second). Exits with 1 where a goal is missed. Needs a quiet machine.
+400 MB of memory (resident, looked at twice a second). Exits with 1 where a goal is missed. Needs a quiet machine; the
+same share by processor time instead of the clock (cpu_frac_of_tokenizer) tells what other programs cannot disturb.
 """
 
 import argparse
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -57,11 +59,11 @@ def main() -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Speed and memory, as plain data."""
     texts = [document.text for document in read_documents(options.input)]
-    alone = tokenizer_speed(options.tokenizer_model, texts)
+    alone, alone_cpu = tokenizer_speed(options.tokenizer_model, texts)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus.jsonl")
         text_bytes = repeat(texts, corpus, options.bytes)
-        elapsed_s, peak_bytes = preprocess(corpus, options)
+        elapsed_s, cpu_s, peak_bytes = preprocess(corpus, options)
     speed = text_bytes / elapsed_s
     return {
         "text_bytes": text_bytes,
@@ -69,12 +71,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokenizer_bytes_per_s": alone,
         "bytes_per_s": speed,
         "frac_of_tokenizer": speed / (options.workers * alone),
+        "cpu_frac_of_tokenizer": text_bytes / cpu_s / alone_cpu,
         "peak_process_bytes": peak_bytes,
     }
 
 
-def tokenizer_speed(path: str, texts: list[str]) -> float:
-    """Bytes/s of one thread that does nothing but encode, in the batches that preprocessing makes."""
+def tokenizer_speed(path: str, texts: list[str]) -> tuple[float, float]:
+    """Bytes/s, by the clock and by processor time, of one thread that encodes the batches of preprocessing."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, batches, held = load_tokenizer(path), [[]], 0
     for text in itertools.cycle(texts):
@@ -84,10 +87,10 @@ def tokenizer_speed(path: str, texts: list[str]) -> float:
             break
         if sum(map(len, batches[-1])) >= BATCH_CHARACTERS:
             batches.append([])
-    began_s = time.perf_counter()
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
     for batch in batches:
         tokenizer.encode_batch(batch)
-    return held / (time.perf_counter() - began_s)
+    return held / (time.perf_counter() - began_s), held / (time.process_time() - began_cpu_s)
 
 
 def repeat(texts: list[str], path: Path, num_bytes: int) -> int:
@@ -102,8 +105,8 @@ def repeat(texts: list[str], path: Path, num_bytes: int) -> int:
     raise AssertionError("a cycle does not end")
 
 
-def preprocess(corpus: Path, options: argparse.Namespace) -> tuple[float, int]:
-    """Seconds, and the most memory that any of the processes took."""
+def preprocess(corpus: Path, options: argparse.Namespace) -> tuple[float, float, int]:
+    """Seconds, seconds of processor time of all processes, and the most memory that any of them took."""
     words = [sys.executable, str(ROOT / "data_prep/preprocess.py"), "--input", str(corpus)]
     words += ["--output-prefix", str(corpus.with_suffix("")), "--tokenizer-model", options.tokenizer_model]
     words += ["--workers", str(options.workers)]
@@ -119,7 +122,8 @@ def preprocess(corpus: Path, options: argparse.Namespace) -> tuple[float, int]:
                     continue
     if process.returncode:
         raise MahaError(f"preprocess.py ended with {process.returncode}")
-    return time.perf_counter() - began_s, peak_bytes
+    elapsed_s, spent = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return elapsed_s, spent.ru_utime + spent.ru_stime, peak_bytes
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
