@@ -1,5 +1,7 @@
 """Opening a Megatron .bin/.idx pair, after checks whose messages say what to do, and reading its tokens. Torch-free."""
 
+import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +25,10 @@ class Pair:
 
     def __init__(self, prefix: str, index: PairIndex, checksums: np.ndarray | None):
         self.prefix, self.index = prefix, index
-        self._tokens = np.asarray(map_tokens(prefix, index))
-        self._bytes = memoryview(self._tokens).cast("B")
+        self._tokens = map_tokens(prefix, index)
+        self._stream = Path(f"{prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 (closed with this object)
+        _expect_random_access(self._stream.fileno(), self._tokens)
+        self._tokens = np.asarray(self._tokens)
         self._checksums = checksums
         self._unchecked = None if checksums is None else np.ones(len(checksums), dtype=bool)
 
@@ -67,7 +71,7 @@ class Pair:
         """
         if self._unchecked is None:
             raise DataError(f"{self.prefix} has no checksums to check its tokens by: it was made by another tool")
-        self._check(0, len(self._bytes))
+        self._check(0, self.index.bin_bytes)
 
     def _check(self, begin: int, end: int) -> None:
         """Check the chunks that hold bytes [begin, end) and were not checked before."""
@@ -75,12 +79,21 @@ class Pair:
         for chunk in range(first, last):
             if self._unchecked[chunk]:
                 at = chunk * CHUNK_BYTES
-                if zlib.crc32(self._bytes[at : at + CHUNK_BYTES]) != self._checksums[chunk]:
+                content = os.pread(self._stream.fileno(), CHUNK_BYTES, at)
+                if zlib.crc32(content) != self._checksums[chunk]:
                     raise DataError(
                         f"{self.prefix}.bin is damaged between byte {at} and {at + CHUNK_BYTES}: its content is not"
                         f" what the manifest's checksums say; {REBUILD}"
                     )
                 self._unchecked[chunk] = False
+
+
+def _expect_random_access(file: int, tokens: np.memmap) -> None:
+    """Ask the system not to read ahead: samples lie anywhere, and what surrounds one would be read for nothing."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+    if hasattr(mmap, "MADV_RANDOM"):
+        tokens._mmap.madvise(mmap.MADV_RANDOM)
 
 
 def open_pair(prefix: str | Path) -> Pair:

@@ -68,7 +68,7 @@ def consumed(config: Path, world: int, overrides: list[str], stops: list[int]) -
     return steps
 
 
-@pytest.fixture(scope="module", params=["concatenate", "best_fit"])
+@pytest.fixture(scope="module", params=["concatenate", pytest.param("best_fit", marks=pytest.mark.full)])
 def config(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A mixture of two sources that crosses epochs, with a skipped range."""
     folder = tmp_path_factory.mktemp(request.param)
