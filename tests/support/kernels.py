@@ -98,9 +98,11 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     }
 
 
-def decoding_launches(width: int, dtype: torch.dtype, *, rows: int = 1, n: int = 16, g: int = 16) -> dict[str, Launch]:
+def decoding_launches(
+    width: int, dtype: torch.dtype, *, rows: int = 1, n: int = 16, g: int = 16, downsampling: str = "gated"
+) -> dict[str, Launch]:
     """Every launch of a step of 32 streams at the default windows of 4,096 tokens, on the meta device."""
-    spec, streams = MahaSpec(ratio=4, windows=(128, 112, 124, 64)), 32
+    spec, streams = MahaSpec(ratio=4, windows=(128, 112, 124, 64), downsampling=downsampling), 32
 
     def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
@@ -109,8 +111,8 @@ def decoding_launches(width: int, dtype: torch.dtype, *, rows: int = 1, n: int =
     entries = tuple(empty(streams, window, 2, g, width, kind=dtype) for window in spec.windows)
     counts = [empty(streams, kind=torch.int64) for _ in range(2)]
     old = Streams(entries, empty(streams, 4, n + 2 * g, width, kind=dtype), *counts)
-    gates = (empty(3, 2, g, width), empty(3, 2, g, 4))
-    frequency = empty(4, 3, width // 2, kind=torch.int32)
+    gates = {"gated": (empty(3, 2, g, width), empty(3, 2, g, 4)), "conv": (empty(3, 2, g, width, 4),)}[downsampling]
+    frequency = empty(4, 4, width // 2, kind=torch.int32)
     learned = Learned(empty(n, width), empty(g, width), empty(4, n, width), empty(4, n), frequency)
     start, taps = empty(streams * rows, kind=torch.int64), empty((n + 2 * g) * width, 3)
     call = decode.Call(x, start, old, taps, gates, learned, spec)

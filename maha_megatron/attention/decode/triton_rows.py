@@ -77,7 +77,8 @@ def pool_blocks(
         query, bias = load_gate(learned, line, STEP.ratio, CHILDREN, width)
         block = tl.sum(member * gates_of(member, query, bias)[:, :, None], 1)
     else:
-        block = tl.sum(member * shares_of(member, learned, line, STEP.method, STEP.ratio, CHILDREN, width), 1)
+        METHOD: tl.constexpr = STEP.method  # a compiled kernel takes no name out of a field as an argument
+        block = tl.sum(member * shares_of(member, learned, line, METHOD, STEP.ratio, CHILDREN, width), 1)
     to = at_fresh(fresh, stream, slot, scale, kind, group, g, STEP)[:, None] + channel[None, :]
     tl.store(to, block.to(fresh.dtype.element_ty), mask=complete[:, None])
     return tl.sum(complete.to(tl.int32), 0)
@@ -121,7 +122,8 @@ def pool_row(
                 share = gates_of(member, query, bias)[:, :, None]
             else:
                 line = ((scale - 1) * 2 + kind) * g + group
-                share = shares_of(member, learned, line, STEP.method, STEP.ratio, CHILDREN, width)
+                METHOD: tl.constexpr = STEP.method
+                share = shares_of(member, learned, line, METHOD, STEP.ratio, CHILDREN, width)
             block = tl.sum(member * share, 1).to(fresh.dtype.element_ty)
         to = at_fresh(fresh, stream, 0, scale, kind, group, g, STEP) + tl.arange(0, width)[None, :]
         tl.store(to, block)
