@@ -59,7 +59,7 @@ def is_one_softmax(spec: MahaSpec) -> bool:
 
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Of the card; of an Ampere where there is none."""
-    return torch.cuda.get_devicecapability_of(device) if device.type == "cuda" else (8, 0)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 @torch.library.custom_op("maha_megatron::joint_attention", mutates_args=())
