@@ -17,11 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from maha_megatron.attention.aggregation import triton_fusion
+from maha_megatron.attention.aggregation import triton_outputs as kernels
 from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.pyramid import triton_levels
-from maha_megatron.attention.scale_attention import triton_joint
+from maha_megatron.attention.scale_attention import triton_joint, triton_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.attention.triton_launch import Launch
@@ -87,14 +89,60 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     of_rows, past, taps = (q, *levels[0]), empty(4, n + 2 * g, width, kind=dtype), empty((n + 2 * g) * width, 3)
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
-    return pyramids | {
-        "convolution": mixed.mixing(of_rows),
-        "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
-        "preparation": call.preparation(keys),
-        "attention": call.attention(keys, q, lse, None),
-        "query gradients": call.query_gradients(keys, q, lse, q, found),
-        "key gradients": call.key_gradients(keys, q, found, made),
-        "key gradients, parts added": call.added_parts(made),
+    single = triton_scales.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
+    outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
+    given = triton_scales.Given(outs, lses, outs, lses, lses)
+    of_scales = single.found_by_query_gradients(given)
+    by_scale = {
+        "attention, scale by scale": single.attention(keys, outs, lses, lses),
+        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
+        "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
+    }
+    return (
+        pyramids
+        | by_scale
+        | _fusions(outs, lses, q)
+        | {
+            "convolution": mixed.mixing(of_rows),
+            "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
+            "preparation": call.preparation(keys),
+            "attention": call.attention(keys, q, lse, None),
+            "query gradients": call.query_gradients(keys, q, lse, q, found),
+            "key gradients": call.key_gradients(keys, q, found, made),
+            "key gradients, parts added": call.added_parts(made),
+        }
+    )
+
+
+def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
+    """Launches of aggregation; the game's of as many scales as the others have, and of the most."""
+    rows, n, own_scales = lses.shape
+    found = {}
+    for name, scales, gram, game, regularizer in (
+        ("a game, 8 scales", 8, True, True, "entropy"),
+        ("a game", own_scales, True, True, "entropy"),
+        ("gram", own_scales, True, False, "entropy"),
+        ("nash", own_scales, False, True, "entropy"),
+        ("softmax", own_scales, False, False, "entropy"),
+        ("sparsemax", own_scales, False, False, "quadratic"),
+    ):
+        outs, numbers = outs.new_empty(rows, n, scales, outs.shape[-1]), lses.new_empty(rows, n, scales)
+        kappa, skew = lses.new_empty(n), lses.new_empty(n, scales * (scales - 1) // 2)
+        given = (kappa if gram else None, skew if game else None, regularizer, True)
+        fusion = triton_fusion.Fusion(outs, numbers, numbers, *given)
+        products, one = (lses.new_empty(rows, n, scales, scales) if gram else None), lses.new_empty(rows, n)
+        made = (numbers, one.new_empty(rows, n, 2), one) if gram else (numbers, None, None)
+        solved = (one, one.to(torch.int32)) if gram or game else (None, None)
+        grads = (numbers, out, *made[:2], outs)
+        found |= {
+            f"equilibrium, {name}": fusion.equilibrium(products, numbers, *solved),
+            f"equilibrium's gradients, {name}": fusion.equilibrium_gradient(products, numbers, numbers, *made),
+            f"outputs' gradients, {name}": fusion.over_outputs(kernels.outputs_gradient_kernel, outs, out, *grads),
+        }
+    return found | {
+        "products": fusion.over_outputs(kernels.products_kernel, outs, lses.new_empty(rows, n, scales, scales)),
+        "combination": fusion.over_outputs(kernels.combine_kernel, outs, numbers, out),
+        "weights' gradients": fusion.over_outputs(kernels.weights_gradient_kernel, outs, out, numbers),
     }
 
 

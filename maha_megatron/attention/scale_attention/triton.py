@@ -1,9 +1,12 @@
 """Attention per scale and aggregation by kernels, where there are some; everything else by eager.py.
 
-Kernels serve the one softmax over all scales: entropy and LSE utilities without coupling, and a single scale; in bf16,
-fp16 and fp32, with heads of 32, 64 or 128 channels.
+    triton_joint.py    one softmax over all scales: entropy and LSE utilities without coupling, and a single scale
+    triton_scales.py   each scale's output and log-sum-exp, which every other aggregation fuses (aggregation/triton.py)
+
+Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels, and queries at full rate.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
@@ -11,8 +14,11 @@ from collections.abc import Sequence
 import torch
 
 import maha_megatron.attention.scale_attention.eager as eager
+from maha_megatron.attention.aggregation.eager import aggregate as eager_aggregate
+from maha_megatron.attention.aggregation.triton import aggregate
 from maha_megatron.attention.scale_attention.attended import Attended
-from maha_megatron.attention.scale_attention.triton_ops import attend_jointly
+from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_one_softmax
+from maha_megatron.attention.scale_attention.triton_scales_ops import attend_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.triton_launch import unserved_heads
@@ -39,10 +45,17 @@ def attend(
         _say_once(missing)
         return eager.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
     past_slots = tuple(past_slots or (0,) * spec.scales)
-    out_tnd, weights_tnl = attend_jointly(
-        q_tnd, levels, document_start_t, parameters, spec, past_slots, with_weights, tuning
-    )
-    return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
+    inputs = (q_tnd, levels, document_start_t, parameters, spec, past_slots)
+    if is_one_softmax(spec):
+        out_tnd, weights_tnl = attend_jointly(*inputs, with_weights, tuning)
+        return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
+    if spec.aggregation == "program":
+        without = dataclasses.replace(parameters, utility_query=None, utility_bias=None)
+        outputs_tnld, lse_tnl, _ = attend_scales(q_tnd, levels, document_start_t, without, spec, past_slots, tuning)
+        out_tnd, weights_tnl, report = eager_aggregate(q_tnd, outputs_tnld.float(), lse_tnl, parameters, spec)
+    else:
+        out_tnd, weights_tnl, report = aggregate(*attend_scales(*inputs, tuning), parameters, spec)
+    return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl.detach(), report=report)
 
 
 def what_no_kernel_serves(width: int, dtype: torch.dtype, spec: MahaSpec) -> str | None:
@@ -50,16 +63,7 @@ def what_no_kernel_serves(width: int, dtype: torch.dtype, spec: MahaSpec) -> str
     unserved = unserved_heads(width, dtype)
     if unserved:
         return unserved
-    if spec.scales > 1 and (spec.queries != "full" or not spec.joint_softmax or not spec.lse_utility):
-        parts = (
-            spec.queries,
-            spec.aggregation,
-            spec.regularizer,
-            spec.coupling,
-            "LSE" if spec.lse_utility else "no LSE",
-        )
-        return f"the aggregation ({', '.join(parts)})"
-    return None
+    return "pooled queries" if spec.scales > 1 and spec.queries == "pooled" else None
 
 
 @functools.cache

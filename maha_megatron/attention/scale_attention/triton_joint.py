@@ -7,7 +7,7 @@ Kept for backward: q, the levels, out, and one number per row and head. Backward
 prepared keys, are those of a few groups. Every sum has a fixed order, so results are bitwise reproducible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -54,10 +54,10 @@ class Call:
         return Places(self.document_start, frequency, self.rows)
 
     def _queries(self) -> Queries:
-        return Queries(_rows(self.q), self.query_gain, self.rho, self.beta, self.n, self.n // self.g)
+        return Queries(of_rows(self.q), self.query_gain, self.rho, self.beta, self.n, self.n // self.g)
 
     def _keys(self, prepared: torch.Tensor) -> Keys:
-        return Keys(prepared, sum(self.entries), _scales(self.values))
+        return Keys(prepared, sum(self.entries), of_scales(self.values))
 
     def _shape(self) -> Shape:
         return Shape(
@@ -88,7 +88,7 @@ class Call:
 
     def preparation(self, prepared: torch.Tensor) -> Launch:
         tiles = self.tuning.keys
-        tensors = (_scales(self.raw_keys), self._places(), self.key_gain, prepared, sum(self.entries))
+        tensors = (of_scales(self.raw_keys), self._places(), self.key_gain, prepared, sum(self.entries))
         return self._launch(prepare_keys, self._key_grid(tiles), tiles, *tensors, TILE=tiles.keys)
 
     def prepared_keys(self) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Call:
 
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
-        tensors = (self._queries(), self._keys(keys), self._places(), _rows(out), lse, scale_lse)
+        tensors = (self._queries(), self._keys(keys), self._places(), of_rows(out), lse, scale_lse)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
@@ -115,20 +115,23 @@ class Call:
 
     def query_gradients(self, keys, out, lse, grad_out, made: QueryGradients) -> Launch:
         tiles = self.tuning.query_gradient
-        tensors = (self._queries(), self._keys(keys), self._places(), _rows(out), lse, _rows(grad_out), made)
+        tensors = (self._queries(), self._keys(keys), self._places(), of_rows(out), lse, of_rows(grad_out), made)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def key_gradients(self, keys, grad_out, found: QueryGradients, made: KeyGradients) -> Launch:
+        return self._key_gradients(key_gradient_kernel, keys, of_rows(grad_out), found, made)
+
+    def _key_gradients(self, kernel, keys, grad_out: Rows, found: QueryGradients, made: KeyGradients) -> Launch:
         tiles, parts = self.tuning.key_gradient, self._parts()
-        of_keys = (self._keys(keys), _scales(self.raw_keys), self.key_gain)
-        tensors = (self._queries(), *of_keys, self._places(), _rows(grad_out), found, made, parts)
+        of_keys = (self._keys(keys), of_scales(self.raw_keys), self.key_gain)
+        tensors = (self._queries(), *of_keys, self._places(), grad_out, found, made, parts)
         grid = (sum(tiles_here * part for tiles_here, part in zip(self._key_tiles(tiles), parts, strict=True)), self.g)
-        return self._launch(key_gradient_kernel, grid, tiles, *tensors, ROWS=tiles.rows, KEYS=tiles.keys)
+        return self._launch(kernel, grid, tiles, *tensors, ROWS=tiles.rows, KEYS=tiles.keys)
 
     def added_parts(self, made: KeyGradients) -> Launch:
         tiles = self.tuning.key_gradient
-        tensors = (_scales(self.raw_keys), self.key_gain, self._places(), made, self._parts())
+        tensors = (of_scales(self.raw_keys), self.key_gain, self._places(), made, self._parts())
         return self._launch(add_parts_kernel, self._key_grid(tiles), tiles, *tensors, KEYS=tiles.keys)
 
     def _key_tiles(self, tiles: Tiles) -> list[int]:
@@ -145,7 +148,7 @@ class Call:
         tiles = self._row_grid(self.tuning.query_gradient)[0]
         with_utilities = self.rho is not None
         return QueryGradients(
-            grad_q=_rows(self._empty(self.rows, n, width, dtype=dtype)),
+            grad_q=of_rows(self._empty(self.rows, n, width, dtype=dtype)),
             delta=self._empty(n, self.rows),
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
@@ -162,8 +165,8 @@ class Call:
         finest = min((scale for scale, part in enumerate(parts) if part > 1), default=len(parts))
         programs = sum(count * part for count, part in zip(here[finest:], parts[finest:], strict=True))
         return KeyGradients(
-            grad_keys=_scales(grad_keys),
-            grad_values=_scales(grad_values),
+            grad_keys=of_scales(grad_keys),
+            grad_values=of_scales(grad_values),
             gain_parts=self._empty(sum(here), self.g, self.d),
             sums=self._empty(programs, self.g, 2, tiles.keys, self.d),
         )
@@ -171,6 +174,10 @@ class Call:
     def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
         grad_out = lined_up(grad_out)
+        return self._in_portions(lambda heads: (grad_out[:, heads], out[:, heads], lse[heads]))
+
+    def _in_portions(self, given: Callable[[slice], tuple]):
+        """What `backward` returns, by a few KV groups at a time: `_gradients` takes what is `given` for their heads."""
         grad_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
         grad_keys, grad_values = (
             [torch.empty_like(x, memory_format=torch.contiguous_format) for x in of]
@@ -181,7 +188,7 @@ class Call:
             heads = slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
             part = self._portion(heads, groups)
             into = (grad_q[:, heads], [x[:, groups] for x in grad_keys], [x[:, groups] for x in grad_values])
-            learned.append(part._gradients(grad_out[:, heads], out[:, heads], lse[heads], *into))
+            learned.append(part._gradients(*given(heads), *into))
         of_gains = [torch.cat(grads, dim=-2) for grads in list(zip(*learned, strict=True))[:2]]
         of_utilities = (None, None)
         if self.rho is not None:
@@ -201,32 +208,35 @@ class Call:
         of_utilities = (None, None) if self.rho is None else (self.rho[:, heads], self.beta[:, heads])
         levels = [(k[:, groups], v[:, groups]) for k, v in zip(self.raw_keys, self.values, strict=True)]
         numbers = (self.spec, self.past_slots, self.tuning, levels)
-        return Call(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
+        return type(self)(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
 
     def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values) -> tuple[torch.Tensor | None, ...]:
         """Writes the latter three; returns the gradients of query gain, key gain, rho and beta."""
         keys = self.prepared_keys()
-        found = self.made_by_query_gradients()._replace(grad_q=_rows(grad_q))
+        found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
         self.query_gradients(keys, out, lse, grad_out, found).run()
         made = self.made_by_key_gradients(grad_keys, grad_values)
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
+        # as utility_gradient of the first kernel: what rounding left in the direction of all utilities is taken out
+        total = found.utility_gradients.sum(1, keepdim=True)
+        return self._learned_gradients(found, made, found.utility_gradients - found.shares * total)
+
+    def _learned_gradients(self, found: QueryGradients, made: KeyGradients, utilities: torch.Tensor):
+        """Of query gain, key gain, rho and beta, given those of utilities [n, L, t]."""
         of_gains = (found.gain_parts.sum(0).to(self.query_gain.dtype), made.gain_parts.sum(0).to(self.key_gain.dtype))
         if self.rho is None:
             return *of_gains, None, None
-        grad_rho = found.rho_parts.sum(0) * self.query_gain
-        # as utility_gradient of the first kernel: what rounding left in the direction of all utilities is taken out
-        total = found.utility_gradients.sum(1, keepdim=True)
-        grad_beta = (found.utility_gradients - found.shares * total).sum(-1).T
+        grad_rho, grad_beta = found.rho_parts.sum(0) * self.query_gain, utilities.sum(-1).T
         return *of_gains, grad_rho.to(self.rho.dtype), grad_beta.to(self.beta.dtype)
 
 
-def _rows(x: torch.Tensor) -> Rows:
+def of_rows(x: torch.Tensor) -> Rows:
     return Rows(x, x.stride(0), x.stride(1))
 
 
-def _scales(tensors: Sequence[torch.Tensor]) -> Scales:
+def of_scales(tensors: Sequence[torch.Tensor]) -> Scales:
     return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
 
 

@@ -1,5 +1,6 @@
 """Attention on a GPU at widths that fast kernels take: values, bitwise repetition, no waiting for the device."""
 
+import dataclasses
 import itertools
 import logging
 
@@ -27,16 +28,28 @@ pytestmark = pytest.mark.gpu
 MAHA = MahaSpec(ratio=4, windows=(64, 32, 16))
 GPU_BACKENDS = (*FAST_BACKENDS, "triton")
 DTYPES = [torch.float32, torch.bfloat16]
+# what makes one output of the scales' own, but for the quadratic: its gradient jumps where rounding moves a support
+FUSED = [
+    {"lse_utility": False},
+    {"aggregation": "mean"},
+    {"coupling": "gram"},
+    {"aggregation": "nash"},
+    {"aggregation": "nash", "coupling": "gram"},
+]
 VALUE_CASES = [
     Case(lengths=(150, 1, 211), n=4, g=2, d=64, spec=MAHA),
     Case(lengths=(700,), n=2, g=1, d=128, spec=MahaSpec(ratio=3, windows=(130, 70, 30, 10), downsampling="conv")),
     Case(lengths=(128, 128, 128), n=4, g=2, d=64, spec=DenseSpec()),
     Case(lengths=(150, 1, 211), n=4, g=2, d=64, spec=DenseSpec()),
+    *(Case(lengths=(150, 1, 211), n=4, g=2, d=64, spec=dataclasses.replace(MAHA, **options)) for options in FUSED),
 ]
 PACKED_DENSE = Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=DenseSpec())
 EQUAL_DENSE = Case(lengths=(2048, 2048), n=8, g=2, d=64, spec=DenseSpec())
 WIDE = Case(lengths=(1500, 2596), n=4, g=4, d=128, spec=MahaSpec(ratio=4, windows=(128, 112, 124, 64)))
-LONG_CASES = [WIDE, Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=MAHA), EQUAL_DENSE, PACKED_DENSE]
+NO_LSE = Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=dataclasses.replace(MAHA, lse_utility=False))
+GAME = dataclasses.replace(MAHA, aggregation="nash", coupling="gram")
+LONG_GAME = Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=GAME)
+LONG_CASES = [NO_LSE, WIDE, Case(lengths=(1500, 1, 700, 1895), n=8, g=2, d=64, spec=MAHA), EQUAL_DENSE, PACKED_DENSE]
 
 
 @pytest.mark.parametrize("case", VALUE_CASES, ids=str)
@@ -46,7 +59,7 @@ def test_at_most_twice_as_far_from_exact_as_plain_torch_in_the_dtype(case, backe
     assert_within_twice_of_plain(case, backend, dtype, "cuda")
 
 
-@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize("case", [*LONG_CASES, LONG_GAME], ids=str)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_runs_are_bitwise_equal(case, backend, dtype):
@@ -73,7 +86,7 @@ def test_forward_and_backward_never_wait_for_the_device(case, backend, dtype):
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_pieces_never_wait_for_the_device_and_equal_one_pass(backend):
-    case = LONG_CASES[1]
+    case = LONG_CASES[2]
     values, starts = leaves(case, torch.float32, "cuda"), documents_of(case, "cuda").start_t
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     sizes = {"streams": 1, "n": case.n, "g": case.g, "d": case.d, "dtype": torch.float32, "device": "cuda"}

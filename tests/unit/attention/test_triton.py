@@ -1,4 +1,4 @@
-"""Kernels of joint attention against the naive backend: every output and gradient by name, in Triton's interpreter.
+"""Kernels of attention against the naive backend: every output and gradient by name, in Triton's interpreter.
 
 Learned parameters are random, gains included. Tiles are small, so that short sequences have many.
 """
@@ -42,6 +42,18 @@ def kernels(heads: int):
 
 
 full = pytest.mark.full
+GAME = {"aggregation": "nash", "coupling": "gram"}
+# what makes one output of the scales' own, and whether every day
+FUSED = [
+    ("no LSE", {"lse_utility": False}, True),
+    ("quadratic", {"regularizer": "quadratic"}, False),
+    ("quadratic, no LSE", {"regularizer": "quadratic", "lse_utility": False}, False),
+    ("gram", {"coupling": "gram"}, True),
+    ("gram, quadratic", {"coupling": "gram", "regularizer": "quadratic"}, False),
+    ("nash", {"aggregation": "nash"}, False),
+    ("nash, gram", GAME, True),
+    ("mean", {"aggregation": "mean"}, False),
+]
 PACKED_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec())
 CASES = [
     pytest.param(Case(lengths=(1,), n=1, g=1, d=32, spec=spec()), 1, id="one row"),
@@ -54,6 +66,19 @@ CASES = [
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
     ),
     pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
+    *(
+        pytest.param(Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**options)), 2, id=name, marks=() if often else full)
+        for name, options, often in FUSED
+    ),
+    pytest.param(
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), **GAME)), 1, id="ratio 3, a game"
+    ),
+    pytest.param(
+        Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1), **GAME)),
+        1,
+        marks=full,
+        id="8 scales, a game",
+    ),
 ]
 
 
@@ -99,25 +124,33 @@ def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
     assert wrong(found, exact(case, torch.float32), 3e-6) == {}
 
 
+GAME_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**GAME))
+NO_LSE_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(lse_utility=False))
 WIDE_CASE = Case(lengths=(700, 301), n=4, g=1, d=128, spec=spec(windows=(128, 112, 124, 64)))
 
 
 @pytest.mark.parametrize(
-    ("case", "heads"), [(PACKED_CASE, 2), pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu)], ids=["packed", "wide"]
+    ("case", "heads"),
+    [
+        (PACKED_CASE, 2),
+        (GAME_CASE, 2),
+        pytest.param(NO_LSE_CASE, 2, marks=full),
+        pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu),
+    ],
+    ids=["packed", "a game", "no LSE", "wide"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
 def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, dtype):
     """Plain torch in bf16, its errors scaled by the dtypes' resolutions: on a CPU it is not to be trusted in fp16."""
-    plain = errors(
-        run(PACKED_CASE, leaves(PACKED_CASE, torch.bfloat16), naive.attend), exact(PACKED_CASE, torch.bfloat16)
-    )
-    found = errors(run(PACKED_CASE, leaves(PACKED_CASE, dtype, DEVICE), kernels(2)), exact(PACKED_CASE, dtype))
+    plain = errors(run(case, leaves(case, torch.bfloat16), naive.attend), exact(case, torch.bfloat16))
+    found = errors(run(case, leaves(case, dtype, DEVICE), kernels(heads)), exact(case, dtype))
     finer = torch.finfo(dtype).eps / torch.finfo(torch.bfloat16).eps
     assert {name: error for name, error in found.items() if not error <= 2 * finer * plain[name]} == {}, plain
 
 
-def test_two_runs_are_bitwise_equal():
-    case = Case(lengths=(5, 32), n=2, g=1, d=32, spec=spec(windows=(20, 7)))
+@pytest.mark.parametrize("options", [{}, GAME], ids=["joint", "a game"])
+def test_two_runs_are_bitwise_equal(options):
+    case = Case(lengths=(5, 32), n=2, g=1, d=32, spec=spec(windows=(20, 7), **options))
     first, second = (run(case, leaves(case, torch.float32, DEVICE), kernels(2)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -136,12 +169,16 @@ def test_weights_are_written_when_asked_for_only():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "cuts", "windows"),
-    [((23, 4, 16), (0, 10, 11, 43), (7, 4, 3)), ((107,), (0, 100, 101, 107), (64, 32, 11))],
-    ids=["packed", "a past of several tiles of keys"],
+    ("lengths", "cuts", "windows", "options"),
+    [
+        ((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {}),
+        ((107,), (0, 100, 101, 107), (64, 32, 11), {}),
+        ((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME),
+    ],
+    ids=["packed", "a past of several tiles of keys", "a game"],
 )
-def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows):
-    case = Case(lengths=lengths, n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=windows))
+def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows, options):
+    case = Case(lengths=lengths, n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=windows, **options))
     values = leaves(case, torch.float32, DEVICE)
     sizes = {"streams": 1, "n": 2, "g": 1, "d": 32, "dtype": torch.float32, "device": DEVICE}
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
@@ -161,10 +198,10 @@ def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, 
     [
         ({}, 16, torch.float32, "heads of 16 channels"),
         ({}, 32, torch.float64, "torch.float64"),
-        ({"coupling": "gram"}, 32, torch.float32, "the aggregation (full, convex, entropy, gram, LSE)"),
-        ({"lse_utility": False}, 32, torch.float32, "the aggregation (full, convex, entropy, none, no LSE)"),
+        ({"queries": "pooled"}, 32, torch.float32, "pooled queries"),
+        ({"queries": "pooled", "coupling": "gram"}, 32, torch.float32, "pooled queries"),
     ],
-    ids=["width", "fp64", "gram", "no LSE"],
+    ids=["width", "fp64", "pooled", "pooled, gram"],
 )
 def test_what_no_kernel_serves_is_said_once_and_eager_does_it(caplog, options, width, dtype, missing):
     triton._say_once.cache_clear()

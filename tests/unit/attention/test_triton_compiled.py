@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[3]
 SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 # between scales, never in the loop over keys or rows (nvdisasm)
-SPILLED_BYTES = {"query gradients": 96, "key gradients": 8}
+SPILLED_BYTES = {
+    "query gradients": 96,
+    "key gradients": 8,
+    "attention, scale by scale": 8,
+    "query gradients, scale by scale": 24,
+    "key gradients, scale by scale": 16,
+    "equilibrium, a game, 8 scales": 16,
+}
 
 
 def compiled(capability: int, width: int, dtype: str) -> dict[str, dict[str, int]]:

@@ -9,7 +9,7 @@ from tests.support.interpreter import DEVICE  # isort: split
 from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.pyramid import triton as pyramid
-from maha_megatron.attention.scale_attention import triton, triton_ops
+from maha_megatron.attention.scale_attention import triton, triton_ops, triton_scales_ops
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of, tuning_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
@@ -89,6 +89,25 @@ def test_the_convolution_is_made_of_well_formed_operators(past):
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     grads = [torch.ones_like(x) for x in inputs[:3]]
     torch.library.opcheck(convolution.convolve_rows_backward, (grads, *inputs))
+
+
+def scales_inputs(utilities: bool = True) -> tuple:
+    """As of joint attention, but for whether weights are asked for."""
+    *inputs, _, tiles = attention_inputs(False, utilities)
+    return *inputs, tiles
+
+
+@pytest.mark.parametrize("utilities", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_attention_of_every_scale_is_a_well_formed_operator(utilities):
+    torch.library.opcheck(triton_scales_ops.scales_attention, scales_inputs(utilities))
+
+
+def test_the_backward_of_every_scale_is_a_well_formed_operator():
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in scales_inputs()]
+    inputs[6:8] = [[x.detach() for x in level] for level in inputs[6:8]]
+    outs, lses, utilities = triton_scales_ops.scales_attention(*inputs)
+    grads = [torch.ones_like(x) for x in (outs, lses, utilities)]
+    torch.library.opcheck(triton_scales_ops.scales_attention_backward, (*grads, outs, lses, *inputs))
 
 
 @pytest.mark.parametrize("past", [False, True], ids=["whole", "piece"])

@@ -1,0 +1,131 @@
+"""Aggregation by kernels: which buffers they read and write, and in which order (triton.py calls them).
+
+    forward    products_kernel (gram)  ->  equilibrium_kernel  ->  combine_kernel
+    backward   weights_gradient_kernel  ->  equilibrium_gradient_kernel  ->  outputs_gradient_kernel
+
+Each is one launch; outputs are never widened in memory, and all steps of Newton's method are taken inside a kernel. The
+quadratic with a matrix, and what Newton leaves unsolved, go to `solvers.solve`: whether there is any of the latter is
+asked of the device once a call, as in eager.
+"""
+
+import torch
+
+from maha_megatron.attention.aggregation import triton_equilibrium, triton_outputs
+from maha_megatron.attention.aggregation.solvers import (
+    GRAM_EPSILON,
+    NEWTON_STEPS,
+    TARGET,
+    TOLERANCE,
+    skew_matrix,
+    solve,
+)
+from maha_megatron.attention.triton_launch import Launch
+
+PROGRAM_LINES, OUTPUT_LINES = 128, 32  # rows of one head, and lines (a row and head each), of one program
+_THREADS = {"num_warps": 4}
+
+
+class Fusion:
+    """One call's tensors: O [t, n, L, d], LSE and learned utilities [t, n, L], kappa [n], skew [n, L (L - 1) / 2].
+
+    `regularizer` may be "none": weights are equal, and there are no utilities.
+    """
+
+    def __init__(self, outs, lses, utilities, kappa, skew, regularizer: str, lse_utility: bool):
+        self.outs, self.lses = outs, lses
+        self.utilities = None if utilities is None else utilities.contiguous()
+        self.kappa, self.skew = kappa, skew
+        self.regularizer, self.lse_utility = regularizer, lse_utility
+        self.rows, self.n, self.scales, self.width = outs.shape
+        self.coupled = kappa is not None or skew is not None
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Of every row and head."""
+        return torch.empty(self.rows, self.n, *shape, dtype=dtype, device=self.outs.device)
+
+    def over_outputs(self, kernel, *tensors: torch.Tensor | None) -> Launch:
+        """Of a kernel of triton_outputs.py."""
+        lines = self.rows * self.n
+        sizes = {"lines": lines, "SCALES": self.scales, "WIDTH": self.width, "LINES": OUTPUT_LINES}
+        return self._launch(kernel, (-(-lines // OUTPUT_LINES),), tensors, sizes)
+
+    def over_programs(self, kernel, *tensors: torch.Tensor | None, **options: object) -> Launch:
+        """Of a kernel of triton_equilibrium.py."""
+        sizes = {"rows": self.rows, "n": self.n, "SCALES": self.scales, "LINES": PROGRAM_LINES}
+        sizes["ENTROPY"] = self.regularizer == "entropy"
+        return self._launch(kernel, (-(-self.rows // PROGRAM_LINES), self.n), tensors, sizes | options)
+
+    def _launch(self, kernel, grid: tuple[int, ...], tensors, sizes: dict[str, object]) -> Launch:
+        arguments = dict(zip(kernel.arg_names, tensors, strict=False)) | sizes
+        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=_THREADS, device=self.outs.device)
+
+    def equilibrium(self, products, weights, residuals, steps) -> Launch:
+        tensors = (self.utilities, self.lses, products, self.kappa, self.skew, weights, residuals, steps)
+        options = {"LSE": self.lse_utility, "STEPS": NEWTON_STEPS, "TARGET": TARGET[torch.float32]}
+        return self.over_programs(triton_equilibrium.equilibrium_kernel, *tensors, **options)
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Output, weights, and with a matrix products (gram), residuals and steps, else None."""
+        weights, products, residuals, steps = self.empty(self.scales), None, None, None
+        if self.kappa is not None:
+            products = self.empty(self.scales, self.scales)
+            self.over_outputs(triton_outputs.products_kernel, self.outs, products).run()
+        if self.coupled:
+            residuals, steps = self.empty(), self.empty(dtype=torch.int32)
+        if self.regularizer == "none":
+            feasible = self.lses != -torch.inf
+            weights = feasible / feasible.sum(-1, keepdim=True)
+        elif self.coupled and self.regularizer == "quadratic":
+            every = torch.arange(self.rows * self.n, device=self.outs.device)
+            self._solve_lines(every, products, weights, residuals, steps)
+        else:
+            self.equilibrium(products, weights, residuals, steps).run()
+            if self.coupled:
+                unsolved = ~(residuals.view(-1) <= TOLERANCE[torch.float32] / 2)
+                unsolved = unsolved.nonzero()[:, 0]  # waits for the device
+                if unsolved.numel():
+                    self._solve_lines(unsolved, products, weights, residuals, steps)
+        out = self.empty(self.width, dtype=self.outs.dtype)
+        self.over_outputs(triton_outputs.combine_kernel, self.outs, weights, out).run()
+        return out, weights, products, residuals, steps
+
+    def _solve_lines(self, line, products, weights, residuals, steps) -> None:
+        """By `solvers.solve`, in place of what stands there."""
+        head, lse = line % self.n, self.lses.view(-1, self.scales)[line]
+        feasible, payoff = lse != -torch.inf, self.utilities.view(-1, self.scales)[line]
+        payoff = payoff + lse if self.lse_utility else payoff
+        matrix = lse.new_zeros(self.scales, self.scales) if self.skew is None else skew_matrix(self.skew)[head]
+        if products is not None:
+            product = products.view(-1, self.scales, self.scales)[line]
+            mean = product.diagonal(dim1=-2, dim2=-1).sum(-1) / feasible.sum(-1)
+            matrix = matrix + (self.kappa[head] / (mean + GRAM_EPSILON))[:, None, None] * product
+        solved = solve(matrix, payoff, feasible, self.regularizer)
+        weights.view(-1, self.scales)[line] = solved.weights
+        residuals.view(-1)[line], steps.view(-1)[line] = solved.residual, solved.steps
+
+    def equilibrium_gradient(self, products, weights, grad_weights, *made: torch.Tensor) -> Launch:
+        tensors = (grad_weights, weights, self.lses, products, self.kappa, self.skew, *made)
+        return self.over_programs(triton_equilibrium.equilibrium_gradient_kernel, *tensors)
+
+    def backward(self, grad_out, out, weights, products) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of O, of the payoffs [t, n, L] (None where weights are equal), of kappa and of the skew part."""
+        grad_payoffs, through_gram, grad_kappa, grad_skew = (None,) * 4
+        if self.regularizer != "none":
+            grad_weights, grad_payoffs, grad_kappas = self.empty(self.scales), self.empty(self.scales), None
+            self.over_outputs(triton_outputs.weights_gradient_kernel, self.outs, grad_out, grad_weights).run()
+            if products is not None:
+                grad_kappas, through_gram = self.empty(), self.empty(2)
+            made = (grad_payoffs, through_gram, grad_kappas)
+            self.equilibrium_gradient(products, weights, grad_weights, *made).run()
+            grad_kappa = None if grad_kappas is None else grad_kappas.sum(0)
+            grad_skew = None if self.skew is None else self._skew_gradient(weights, grad_payoffs)
+        grad_outs = torch.empty_like(self.outs)
+        tensors = (self.outs, out, weights, grad_out, grad_payoffs, through_gram, grad_outs)
+        self.over_outputs(triton_outputs.outputs_gradient_kernel, *tensors).run()
+        return grad_outs, grad_payoffs, grad_kappa, grad_skew
+
+    def _skew_gradient(self, weights: torch.Tensor, grad_payoffs: torch.Tensor) -> torch.Tensor:
+        """From dM_ij = -dc_i w_j, whose upper triangle A has as it is, and whose lower one negative."""
+        by_head = grad_payoffs.permute(1, 2, 0) @ weights.transpose(0, 1)
+        row, column = torch.triu_indices(self.scales, self.scales, 1, device=weights.device)
+        return (by_head.mT - by_head)[:, row, column]

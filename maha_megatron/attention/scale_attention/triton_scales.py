@@ -1,0 +1,97 @@
+"""Every scale's attention by kernels: which buffers they read and write, and in which order (triton_scales_ops.py).
+
+    forward     prepare_keys -> attend_scales_kernel
+    backward    prepare_keys -> scales_query_gradient_kernel -> scales_key_gradient_kernel (-> add_parts_kernel)
+
+Kept for backward: q, the levels, O [t, n, L, d] and LSE [t, n, L]. Every sum has a fixed order, so results are bitwise
+reproducible.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+import maha_megatron.attention.scale_attention.triton_joint as joint
+from maha_megatron.attention.scale_attention.triton_arguments import KeyGradients, QueryGradients, Rows
+from maha_megatron.attention.scale_attention.triton_scales_forward import attend_scales_kernel
+from maha_megatron.attention.scale_attention.triton_scales_key_gradient import scales_key_gradient_kernel
+from maha_megatron.attention.scale_attention.triton_scales_query_gradient import scales_query_gradient_kernel
+from maha_megatron.attention.triton_launch import Launch
+
+
+class Given(NamedTuple):
+    """What backward is given: O and dO [t, n, L, d] in q's dtype; the others fp32 [t, n, L]."""
+
+    outs: torch.Tensor
+    lses: torch.Tensor
+    grad_outs: torch.Tensor
+    grad_lses: torch.Tensor
+    grad_utilities: torch.Tensor | None
+
+    def of_heads(self, heads: slice) -> "Given":
+        """Numbers contiguous, as the kernels take them."""
+        outs, lses, grad_outs, *others = self
+        return Given(
+            outs[:, heads],
+            lses[:, heads].contiguous(),
+            grad_outs[:, heads],
+            *(None if x is None else x[:, heads].contiguous() for x in others),
+        )
+
+
+class Call(joint.Call):
+    """One call's tensors and numbers."""
+
+    def attention(self, keys, outs, lses, utilities) -> Launch:
+        tiles = self.tuning.forward
+        tensors = (self._queries(), self._keys(keys), self._places(), _rows_of_scales(outs), lses, utilities)
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(attend_scales_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """O [t, n, L, d] in q's dtype, LSE [t, n, L] and, with rho, utilities [t, n, L] in fp32."""
+        outs = self._empty(self.rows, self.n, self.spec.scales, self.d, dtype=self.q.dtype)
+        lses = self._empty(self.rows, self.n, self.spec.scales)
+        utilities = None if self.rho is None else torch.empty_like(lses)
+        self.attention(self.prepared_keys(), outs, lses, utilities).run()
+        return outs, lses, utilities
+
+    def query_gradients(self, keys, given: Given, made: QueryGradients) -> Launch:
+        tiles = self.tuning.query_gradient
+        outs, grad_outs = _rows_of_scales(given.outs), _rows_of_scales(given.grad_outs)
+        of_rows = given._replace(outs=outs, grad_outs=grad_outs, grad_utilities=None)
+        tensors = (self._queries(), self._keys(keys), self._places(), of_rows, made)
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(scales_query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+
+    def key_gradients(self, keys, grad_outs, found: QueryGradients, made: KeyGradients) -> Launch:
+        return self._key_gradients(scales_key_gradient_kernel, keys, _rows_of_scales(grad_outs), found, made)
+
+    def found_by_query_gradients(self, given: Given) -> QueryGradients:
+        """As of the joint kernels, but delta too is of every scale, and gradients of utilities are given."""
+        found = self.made_by_query_gradients()
+        found = found._replace(delta=torch.empty_like(found.offsets))
+        if given.grad_utilities is None:
+            return found
+        utilities = given.grad_utilities.permute(1, 2, 0).contiguous()
+        return found._replace(utility_gradients=utilities, shares=utilities)
+
+    def backward(self, given: Given):
+        """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
+        return self._in_portions(lambda heads: (given.of_heads(heads),))
+
+    def _gradients(self, given: Given, grad_q, grad_keys, grad_values) -> tuple[torch.Tensor | None, ...]:
+        """Writes the latter three; returns the gradients of query gain, key gain, rho and beta."""
+        keys = self.prepared_keys()
+        found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
+        self.query_gradients(keys, given, found).run()
+        made = self.made_by_key_gradients(grad_keys, grad_values)
+        self.key_gradients(keys, given.grad_outs, found, made).run()
+        if max(self._parts()) > 1:
+            self.added_parts(made).run()
+        return self._learned_gradients(found, made, found.utility_gradients)
+
+
+def _rows_of_scales(x: torch.Tensor) -> Rows:
+    """Of [t, n, L, d], the last two contiguous: a head and scale is a head of its own."""
+    return Rows(x, x.stride(0), x.stride(2))
