@@ -215,12 +215,6 @@ class Loader:
                 places = [(source, min(index, samples - 1)) for index in range(own, own + self._micro)]
                 yield name, self._micro_batch(places, counted)
 
-    @property
-    def validated_names(self) -> list[str]:
-        """The names of the sources that validation_batches gives, in their order."""
-        taken = self._mixture.taken(self._samples_without_repeat(self._validation_samples))
-        return [name for name, samples in zip(self._sources.names, taken, strict=True) if samples]
-
     def _samples_without_repeat(self, limit: int) -> int:
         """Most samples, at most `limit`, that take no source beyond its first epoch."""
 

@@ -141,6 +141,10 @@ class HuggingFaceTokenizer:
         longest_first = sorted((re.escape(word) for word in spelt if len(word) > 1), key=len, reverse=True)
         self._spelling = re.compile("|".join(longest_first) or r"(?!)")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # not part of what the package pickles
+
     def encode(self, text: str) -> list[int]:
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         return self._without_control(text, ids).tolist()

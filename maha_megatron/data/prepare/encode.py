@@ -72,7 +72,7 @@ def write_pair(
             say(f"continuing {prefix} after {spool.documents} documents")
         batched = _fast_way(tokenizer, blocks(BEGINNING), settings, say)
         advance(spool)
-        for encoded in _encoded(blocks(spool.position), settings, batched, workers):
+        for encoded in _encoded(blocks(spool.position), Encoder(tokenizer, settings, batched), workers):
             spool.add(encoded)
             advance(spool)
         if spool.tokens == 0 and not allow_empty:
@@ -103,18 +103,14 @@ def _ignore(bad: BadLine) -> None:
     """Bad lines are counted when they are encoded."""
 
 
-def _encoded(
-    blocks: Iterator[Block], settings: EncodingSettings, batched: bool, workers: int
-) -> Iterator[EncodedBlock]:
+def _encoded(blocks: Iterator[Block], encoder: Encoder, workers: int) -> Iterator[EncodedBlock]:
     """Encode blocks in order; at most WAITING_BLOCKS_PER_WORKER blocks per worker are held at a time."""
     if workers == 1:
-        yield from map(Encoder(settings, batched).encode, blocks)
+        yield from map(encoder.encode, blocks)
         return
     # Fresh processes: a fork of one that runs torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=start_worker, initargs=(settings, batched)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(encoder,)) as pool:
         waiting: deque = deque()
         try:
             for block in blocks:

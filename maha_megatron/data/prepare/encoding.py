@@ -14,7 +14,7 @@ from maha_megatron.data.prepare.blocks import Block, Position
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
 from maha_megatron.data.prepare.documents import BadLine, documents_of, refuse
 from maha_megatron.data.prepare.index_file import token_code
-from maha_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from maha_megatron.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 18
 """Texts that are encoded in one call; what a tokenizer keeps beside the ids would grow with more."""
@@ -55,14 +55,14 @@ class Encoder:
     """Encodes blocks; one lives in each process.
 
     Args:
+        tokenizer: Encodes. It travels to other processes, which so need not import what loaded it.
         settings: Of the run.
         batched: Use the tokenizer's fast way, which `fast_way_agrees` vouches for.
     """
 
-    def __init__(self, settings: EncodingSettings, batched: bool):
-        self.tokenizer: Tokenizer = load_tokenizer(settings.tokenizer, settings.merges)
-        self._settings, self._batched = settings, batched
-        self._item_type = np.dtype(ITEM_TYPES[token_code(self.tokenizer.vocabulary)])
+    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, batched: bool):
+        self._tokenizer, self._settings, self._batched = tokenizer, settings, batched
+        self._item_type = np.dtype(ITEM_TYPES[token_code(tokenizer.vocabulary)])
 
     def encode(self, block: Block) -> EncodedBlock:
         """Encode a block's documents; one without text stays without tokens and gets no end, as in Megatron.
@@ -99,10 +99,10 @@ class Encoder:
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._batched and texts:
-            encoded = self.tokenizer.encode_batch(texts)
+            encoded = self._tokenizer.encode_batch(texts)
         else:
-            encoded = [np.array(self.tokenizer.encode(text), dtype=np.int32) for text in texts]
-        end = [self.tokenizer.end_of_document] if self._settings.append_end else []
+            encoded = [np.array(self._tokenizer.encode(text), dtype=np.int32) for text in texts]
+        end = [self._tokenizer.end_of_document] if self._settings.append_end else []
         return [np.concatenate([ids, end if ids.size else []]).astype(self._item_type) for ids in encoded]
 
 
@@ -117,12 +117,12 @@ _encoder: Encoder | None = None
 """The process's encoder: a process pool offers no other place for what an initialiser makes."""
 
 
-def start_worker(settings: EncodingSettings, batched: bool) -> None:
+def start_worker(encoder: Encoder) -> None:
     """Initialise a tokenising process; it ends when the one that started it does, however that ends."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = Encoder(settings, batched)
+    _encoder = encoder
 
 
 def end_with_parent() -> None:

@@ -1,4 +1,6 @@
 import io
+import json
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import sentencepiece
 from maha_megatron.data.prepare.tokenizer_training import evenly, stretches, train_sentencepiece
 from maha_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from maha_megatron.errors import DataError
+from tests.support.corpora import byte_level_bpe
 
 ODD_TEXTS = [
     "",
@@ -147,6 +150,46 @@ def test_hugging_face_texts_come_back_exactly(byte_level: Path, text: str) -> No
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_of_document not in ids
+
+
+def test_a_tokenizer_travels_to_another_process(byte_level: Path, tokenizer: Tokenizer) -> None:
+    text = "spelt out <|endoftext|> and </s> here"
+    for original in (tokenizer, load_tokenizer(byte_level)):
+        copy = pickle.loads(pickle.dumps(original))
+        assert copy.encode(text) == original.encode(text)
+        assert [ids.tolist() for ids in copy.encode_batch([text])] == [original.encode(text)]
+        assert (copy.fingerprint, copy.end_of_document) == (original.fingerprint, original.end_of_document)
+
+
+def test_no_special_token_comes_from_text_even_where_the_model_knows_its_spelling(tmp_path: Path) -> None:
+    """A unigram model whose ordinary vocabulary holds </s>, as T5's does."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((character, -5.0) for character in "abc</s>")]
+    fast = Fast(models.Unigram(pieces[:2] + list(dict(pieces[2:]).items()), unk_id=0))
+    fast.add_special_tokens(["</s>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.end_of_document == 1
+    for text in ("a</s>b", "</s>", "</s></s>"):
+        ids = tokenizer.encode(text)
+        assert 1 not in ids
+        assert len(ids) == len(text)
+        assert tokenizer.encode_batch([text, "abc"])[0].tolist() == ids
+        assert 1 in tokenizer._backend.encode(text).ids  # what it guards against
+
+
+def test_a_vocabulary_with_merges_is_a_tokenizer(texts: list[str], tmp_path: Path) -> None:
+    vocab, merges = byte_level_bpe(tmp_path / "bpe")
+    by_files, by_folder = load_tokenizer(vocab, merges), load_tokenizer(tmp_path / "bpe")
+    assert by_files.fingerprint == by_folder.fingerprint
+    assert (by_files.vocabulary, by_files.end_of_document) == (len(json.loads(Path(vocab).read_text())), 0)
+    for text in [*ODD_TEXTS, "spelt out <|endoftext|> here"]:
+        assert by_files.decode(by_files.encode(text)) == text
+        assert by_files.end_of_document not in by_files.encode(text)
+    with pytest.raises(DataError, match="no vocabulary and merges of a byte-level BPE"):
+        load_tokenizer(merges, vocab)
 
 
 def test_a_hugging_face_folder_names_its_own_end(byte_level: Path, tmp_path: Path) -> None:

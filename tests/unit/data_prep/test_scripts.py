@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from maha_megatron.data.manifest import read_manifest
+from tests.support.corpora import byte_level_bpe, odd_corpus, plain_text, sentencepiece_model
 
 SCRIPTS = Path(__file__).parents[3] / "data_prep"
 
@@ -195,3 +198,58 @@ def test_the_tokenizer_type_must_be_what_is_there(run, tmp_path: Path) -> None:
     )
     assert code == 2
     assert "is a SentencePieceTokenizer, not a HuggingFaceTokenizer" in err
+
+
+def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tmp_path: Path) -> None:
+    vocab, merges = byte_level_bpe(tmp_path / "bpe")
+    texts = [plain_text(20, seed) for seed in range(5)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    table = pyarrow.table({"text": [*texts, None], "other": [5] * 6})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    tokenizer = ("--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", vocab, "--merge-file", merges)
+    for name, source in [
+        ("set", ("--dataset", tmp_path / "set", "--licence", "MIT")),
+        ("texts", ("--input", tmp_path / "texts", "--licence", "MIT", "--revision", "v2")),
+        ("rows", ("--input", tmp_path / "rows.parquet")),
+    ]:
+        code, out, err = run("preprocess.py", *source, "--output-prefix", tmp_path / name, *tokenizer, "--workers", 2)
+        assert code == 0, err
+    manifests = {name: read_manifest(tmp_path / f"{name}_text_document") for name in ("set", "texts", "rows")}
+    assert len({manifest.text_digest for manifest in manifests.values()}) == 1
+    assert len({(tmp_path / f"{name}_text_document.bin").read_bytes() for name in manifests}) == 1
+    assert [(m.sources[0].licence, m.sources[0].revision) for m in manifests.values()] == [
+        ("MIT", ""),
+        ("MIT", "v2"),
+        ("", ""),
+    ]
+    assert manifests["rows"].bad_lines == {"wrong type": 1}
+    assert "1 lines or files gave no document (1 wrong type)" in out
+    rows = ("preprocess.py", "--input", tmp_path / "rows.parquet", "--output-prefix", tmp_path / "strict")
+    code, _, err = run(*rows, *tokenizer, "--strict")
+    assert code == 2
+    assert "rows.parquet, line 6 field 'text' is no text but NoneType" in err
+
+
+def test_pairs_are_merged_split_and_inspected_by_command(run, tmp_path: Path) -> None:
+    model = sentencepiece_model(tmp_path / "small.model")
+    odd_corpus(tmp_path / "a.jsonl", 100, long_bytes=0)
+    arguments = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "a", "--tokenizer-model", model)
+    assert run("preprocess.py", *arguments)[0] == 0
+    pair = tmp_path / "a_text_document"
+    code, out, err = run("split.py", "--input", pair, "--output-prefix", tmp_path / "part", "--shares", 3, 1)
+    assert (code, "part_0: 75 documents" in out, "part_1: 25 documents" in out) == (0, True, True), err
+    parts = (tmp_path / "part_0", tmp_path / "part_1")
+    assert run("merge.py", "--input", *parts, "--output-prefix", tmp_path / "whole")[0] == 0
+    assert (tmp_path / "whole.idx").read_bytes() == Path(f"{pair}.idx").read_bytes()
+    shown = ("--tokenizer-model", model, "--duplicates", "--check", "--plot", tmp_path, "--samples", 2)
+    code, out, err = run("inspect_data.py", pair, *shown)
+    assert code == 0, err
+    for promised in ("100 documents", "repeat an earlier one exactly", "every byte is what", "source ", "document "):
+        assert promised in out
+    assert (tmp_path / "a_text_document.lengths.png").stat().st_size > 1000
+    code, _, err = run("split.py", "--input", pair, "--output-prefix", tmp_path / "x", "--shares", 1, 0.0001)
+    assert (code, "a part would be empty" in err) == (2, True)
