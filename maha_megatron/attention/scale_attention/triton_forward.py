@@ -73,6 +73,27 @@ def seen_by_whole_tile(start, ends, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def slots_of_tile(start, ends, scale, SHAPE: tl.constexpr):
+    """What `visible_to_tile` and `seen_by_whole_tile` say."""
+    begin, end = visible_to_tile(start, ends, scale, SHAPE)
+    seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
+    return begin, end, seen_from, seen_to
+
+
+@triton.jit
+def log_of_sum(top, part):
+    """log 2 of part * 2**top; -inf where part is 0."""
+    return tl.where(part > 0, top + tl.log2(tl.where(part > 0, part, 1.0)), float("-inf"))
+
+
+@triton.jit
+def only_seen(logits, key, at, see_from, see_to):
+    """Logits [lines, keys] of the tile of keys from slot `at` on; -inf where a line does not see the slot."""
+    seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
 def at_lines(rows, start, row, head, channel):
     """Pointers [lines, channels] into [t, heads, channels]."""
     line = (row - start) * rows.row_stride + head * rows.head_stride
@@ -162,8 +183,7 @@ def attend_kernel(
     fused = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, len(SHAPE.windows)):
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
-        begin, end = visible_to_tile(start, ends, scale, SHAPE)
-        seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
+        begin, end, seen_from, seen_to = slots_of_tile(start, ends, scale, SHAPE)
         first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
         raised = tl.zeros([HEADS * ROWS], tl.float32)
         if SHAPE.utilities:
@@ -178,8 +198,7 @@ def attend_kernel(
             key_tile = tl.load(key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :])
             logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
             if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
-                seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
-                logits = tl.where(seen, logits, float("-inf"))
+                logits = only_seen(logits, key, at, see_from, see_to)
             higher = tl.maximum(top, tl.max(logits, 1) * unit + raised)
             weight = tl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
             shrink = tl.exp2(top - higher)
@@ -187,14 +206,13 @@ def attend_kernel(
             mass = mass * shrink + added
             if scale_lse is not None:
                 part = part * shrink + added
-            value_at = value_base + at * value_stride + value_offset
-            value_tile = tl.load(value_at, mask=(key < end - at)[:, None], other=0.0)
+            real = (key < end - at)[:, None]
+            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
             fused = tl.dot(weight.to(operand), value_tile, fused * shrink[:, None], input_precision=SHAPE.precision)
             top = higher
         if scale_lse is not None:
-            at_part = scale_lse + (row.to(tl.int64) * queries.n + head) * len(SHAPE.windows) + scale
-            of_part = tl.where(part > 0, top + tl.log2(tl.where(part > 0, part, 1.0)), float("-inf"))
-            tl.store(at_part, of_part, mask=inside)
+            at_part = (row.to(tl.int64) * queries.n + head) * len(SHAPE.windows) + scale
+            tl.store(scale_lse + at_part, log_of_sum(top, part), mask=inside)
     mass = tl.where(inside, mass, 1.0)
     fused = (fused * (1 / mass)[:, None]).to(out.tensor.dtype.element_ty)
     tl.store(at_lines(out, start, row, head, channels), fused, mask=inside[:, None])

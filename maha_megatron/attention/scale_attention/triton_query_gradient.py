@@ -15,13 +15,13 @@ from maha_megatron.attention.scale_attention.triton_forward import (
     LOG2_E,
     at_lines,
     load_queries,
-    seen_by_whole_tile,
+    only_seen,
     slots_of_scale,
+    slots_of_tile,
     tile_ends,
     tile_rows,
     turned_queries,
     utility,
-    visible_to_tile,
 )
 from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
@@ -33,7 +33,7 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     turns,
     turns_on,
 )
-from maha_megatron.attention.triton_slots import visible, window_of, within
+from maha_megatron.attention.triton_slots import visible, window_of
 
 
 @triton.jit
@@ -50,43 +50,32 @@ def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.cons
 
 
 @triton.jit
-def turn_tile(
-    queries,
-    places,
-    turned,
-    offsets,
-    line,
-    step,
-    less,
-    start,
-    row,
-    document,
-    head,
-    SHAPE: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """Writes queries turned for every scale, and utilities minus `less`; returns 1 / the norms of the queries.
+def turn_tile(lines, document, lse, line, SHAPE: tl.constexpr, HEADS: tl.constexpr):
+    """Writes queries turned for every scale, and utilities minus log-sum-exp; writes and returns 1 / their norms.
 
-    They go to `line` of [..., d] and of [...] for scale 0, and `step` further for each next one.
+    `line`: of every line, where it lies in [n, L, t] for scale 0; a scale is t further.
     """
+    queries, places, made, start, row, head = lines
     HALF: tl.constexpr = SHAPE.half
     channel, inside = tl.arange(0, HALF), row < places.rows
     first, second = load_queries(queries, start, row, head, inside, HALF)
     first, second = first.to(tl.float32), second.to(tl.float32)
     norm = inverse_norm(first, second, SHAPE.epsilon, HALF)
+    tl.store(made.norms + head * places.rows + row, norm, mask=inside)
+    own_lse = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
     first = first * of_heads(queries.gain, head, channel, 2 * HALF, HEADS)
     second = second * of_heads(queries.gain, head, channel + HALF, 2 * HALF, HEADS)
     for scale in tl.range(0, len(SHAPE.windows)):
-        offset = -less
+        offset = -own_lse
         if SHAPE.utilities:
             offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
-        tl.store(offsets + line, offset, mask=inside)
-        operand: tl.constexpr = turned.dtype.element_ty
+        tl.store(made.offsets + line, offset, mask=inside)
+        operand: tl.constexpr = made.turned.dtype.element_ty
         turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
-        at = turned + line[:, None] * (2 * HALF) + channel[None, :]
+        at = made.turned + line[:, None] * (2 * HALF) + channel[None, :]
         tl.store(at, turned_first, mask=inside[:, None])
         tl.store(at + HALF, turned_second, mask=inside[:, None])
-        line += step
+        line += places.rows
     return norm
 
 
@@ -187,6 +176,7 @@ def store_query_gradients(
     scaling: tl.constexpr = (2 * HALF) ** -0.5
     grads_utility = total[:, None]
     if SHAPE.utilities:
+        tl.debug_barrier()  # what is read now was written before, perhaps by other threads
         grads_utility = utility_gradients(made, total, places, row, SHAPE, ROWS, HEADS)
     lines = (queries, places, made, start, row, head)
     first, normal_first = through_gain(first * scaling, 0, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
@@ -231,11 +221,8 @@ def query_gradient_kernel(
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
     key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
     lines = (queries, places, made, start, row, head)
-    own_lse = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
     first_line = (head * SCALES).to(tl.int64) * places.rows + row
-    to = (queries, places, made.turned, made.offsets, first_line, places.rows, own_lse)
-    norm = turn_tile(*to, start, row, document, head, SHAPE, HEADS)
-    tl.store(made.norms + head * places.rows + row, norm, mask=inside)
+    norm = turn_tile(lines, document, lse, first_line, SHAPE, HEADS)
     tl.debug_barrier()  # what one thread wrote, others read
     grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
@@ -243,8 +230,7 @@ def query_gradient_kernel(
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, SCALES):
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
-        begin, end = visible_to_tile(start, ends, scale, SHAPE)
-        seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
+        begin, end, seen_from, seen_to = slots_of_tile(start, ends, scale, SHAPE)
         at_scale = first_line + scale * places.rows
         offset = tl.load(made.offsets + at_scale, mask=inside, other=0.0)
         turned_at = made.turned + at_scale[:, None] * (2 * HALF) + channels[None, :]
@@ -262,8 +248,7 @@ def query_gradient_kernel(
             grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
             logits = logits * unit[:, None] + offset[:, None]
             if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
-                seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
-                logits = tl.where(seen, logits, float("-inf"))
+                logits = only_seen(logits, key, at, see_from, see_to)
             weight = tl.exp2(logits)
             grad_logits = weight * (grad_weight - delta[:, None])
             if SHAPE.utilities:
@@ -274,6 +259,4 @@ def query_gradient_kernel(
             tl.store(made.utility_gradients + at_scale, grad_utility, mask=inside)
             tl.store(made.shares + at_scale, share, mask=inside)
             total += grad_utility
-    if SHAPE.utilities:
-        tl.debug_barrier()  # what is read now was written above, perhaps by other threads
     store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)

@@ -15,10 +15,7 @@ SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 # between scales, never in the loop over keys or rows (nvdisasm)
 SPILLED_BYTES = {
-    "query gradients": 96,
-    "key gradients": 8,
-    "attention, scale by scale": 8,
-    "query gradients, scale by scale": 24,
+    "query gradients, scale by scale": 8,
     "key gradients, scale by scale": 16,
     "equilibrium, a game, 8 scales": 16,
 }
