@@ -31,6 +31,11 @@ def unserved_heads(width: int, dtype: torch.dtype) -> str | None:
     return None if width in _WIDTHS else f"heads of {width} channels"
 
 
+def compiled() -> bool:
+    """Whether kernels are compiled, rather than interpreted."""
+    return not triton.knobs.runtime.interpret
+
+
 def lined_up(x: torch.Tensor) -> torch.Tensor:
     """x itself where channels are next to each other, else a copy in which they are."""
     return x if x.stride(-1) == 1 else x.contiguous()

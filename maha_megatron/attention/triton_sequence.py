@@ -11,15 +11,19 @@ from maha_megatron.attention.pyramid import triton as pyramid
 from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.scale_attention.triton_joint import Call
-from maha_megatron.attention.scale_attention.triton_ops import capability_of, is_one_softmax, weights_of
-from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for, tuning_of
+from maha_megatron.attention.scale_attention.triton_ops import (
+    Numbers,
+    Tensor,
+    Tensors,
+    call_of,
+    capability_of,
+    empty_outputs,
+    is_one_softmax,
+    weights_of,
+)
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.triton_launch import lined_up
-
-# an operator's schema is read off annotations: these names keep them short
-Tensor = torch.Tensor
-Tensors = list[torch.Tensor]
-Numbers = list[int]
 
 
 def attend_sequence(
@@ -91,10 +95,7 @@ def sequence_attention(
 
 @sequence_attention.register_fake
 def _(q, k, v, document_start, learned, query_gain, key_gain, rho, beta, downsampling, ratio, windows, *others):
-    with_weights = others[-2]
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = (*q.shape[:2], len(windows)) if with_weights else (0,)
-    return q.new_empty(q.shape), lse, lse.new_empty(shape)
+    return empty_outputs(q, len(windows), with_weights=others[-2])
 
 
 @torch.library.custom_op("maha_megatron::sequence_attention_backward", mutates_args=())
@@ -143,9 +144,8 @@ def _calls(
     none_before = (0,) * len(windows)
     pooling = triton_levels.Call(downsampling, ratio, document_start, learned, k, none_before)
     levels = pooling.forward((lined_up(k), lined_up(v)), ())
-    spec = MahaSpec(ratio=ratio, windows=tuple(windows), rope_base=rope_base, norm_epsilon=norm_epsilon)
-    tuning = tuning_of(tiles)
-    call = Call(q, query_gain, key_gain, rho, beta, document_start, spec, none_before, tuning, levels)
+    of_attention = (q, query_gain, key_gain, rho, beta, document_start, *zip(*levels, strict=True))
+    call = call_of(Call, *of_attention, ratio, windows, none_before, rope_base, norm_epsilon, tiles)
     return pooling, levels, call
 
 

@@ -84,6 +84,17 @@ def load_behind(x, past, kind, head, line, row, packed, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def begin_walk(x, past, packed, WIDTH: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr):
+    """Of a program its line and what line_of says of it; of every lane its first row, and rows 4 and 2 before it."""
+    line, lane = tl.program_id(0), tl.arange(0, LANES)
+    kind, head, line_of_taps = line_of(line, packed)
+    row = (tl.program_id(1) * (LANES // 2) + lane // 2) * (2 * STEPS) + lane % 2
+    older = load_behind(x, past, kind, head, line, row - 4, packed, WIDTH)
+    old = load_behind(x, past, kind, head, line, row - 2, packed, WIDTH)
+    return (line, kind, head, line_of_taps), row, older, old
+
+
+@triton.jit
 def within_document(older, old, row, packed):
     """Rows t-4 and t-2 in fp32, zero where they are not of row t's document; and how many rows of it lie before t."""
     document = tl.load(packed.document_start + tl.minimum(row, packed.rows - 1)).to(tl.int32)
@@ -110,12 +121,9 @@ def convolve_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    line, lane = tl.program_id(0), tl.arange(0, LANES)
-    kind, head, line_of_taps = line_of(line, packed)
-    row = (tl.program_id(1) * (LANES // 2) + lane // 2) * (2 * STEPS) + lane % 2
+    of_line, row, older, old = begin_walk(x, past, packed, WIDTH, LANES, STEPS)
+    _line, kind, head, line_of_taps = of_line
     oldest_tap, second_tap, own_tap = load_taps(taps, line_of_taps, WIDTH)
-    older = load_behind(x, past, kind, head, line, row - 4, packed, WIDTH)
-    old = load_behind(x, past, kind, head, line, row - 2, packed, WIDTH)
     at, to = at_rows(x, kind, head, row, WIDTH), at_rows(out, kind, head, row, WIDTH)
     x_step, out_step = 2 * pick(x.row_strides, kind), 2 * pick(out.row_strides, kind)
     for _step in tl.range(STEPS):
@@ -146,12 +154,9 @@ def convolution_gradient_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    line, lane = tl.program_id(0), tl.arange(0, LANES)
-    kind, head, line_of_taps = line_of(line, packed)
-    row = (tl.program_id(1) * (LANES // 2) + lane // 2) * (2 * STEPS) + lane % 2
+    of_line, row, older, old = begin_walk(x, past, packed, WIDTH, LANES, STEPS)
+    line, kind, head, line_of_taps = of_line
     oldest_tap, second_tap, own_tap = load_taps(taps, line_of_taps, WIDTH)
-    older = load_behind(x, past, kind, head, line, row - 4, packed, WIDTH)
-    old = load_behind(x, past, kind, head, line, row - 2, packed, WIDTH)
     at, of_out = at_rows(x, kind, head, row, WIDTH), at_rows(grad, kind, head, row, WIDTH)
     to = at_rows(grad_x, kind, head, row - 4, WIDTH)
     x_step, grad_step = 2 * pick(x.row_strides, kind), 2 * pick(grad.row_strides, kind)

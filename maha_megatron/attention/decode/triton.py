@@ -20,12 +20,13 @@ from maha_megatron.attention.convolution.triton_walk import Packed
 from maha_megatron.attention.decode.triton_entries import attend_entries_kernel, join_kernel
 from maha_megatron.attention.decode.triton_rows import advance_rows_kernel
 from maha_megatron.attention.decode.triton_step import Learned, Parts, Step, Streams
-from maha_megatron.attention.pyramid.eager import LEARNED
+from maha_megatron.attention.pyramid.triton import learned_of
 from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
+from maha_megatron.attention.scale_attention.triton_ops import Numbers, Tensor, Tensors, is_one_softmax
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
-from maha_megatron.attention.triton_launch import Launch, lined_up, unserved_heads
+from maha_megatron.attention.triton_launch import Launch, compiled, lined_up, unserved_heads
 from maha_megatron.scales import slot_count, stride
 
 MOST_ROWS, MOST_LINES = 16, 64  # of a stream's piece; rows times query heads of a group, the lines of one product
@@ -45,7 +46,7 @@ def advance(
     """What `maha_attention` makes of the next rows of all streams, and the state after them; None where it does not
     serve them. Arguments as there.
     """
-    learned = [getattr(parameters, name) for name in LEARNED[spec.downsampling]] if spec.scales > 1 else []
+    learned = learned_of(parameters, spec)
     of_state = [*state.entries, *([] if state.rows is None else [state.rows])]
     tensors = [q_tnd, k_tgd, v_tgd, *of_state, *(x for x in vars(parameters).values() if x is not None)]
     if not serves(q_tnd, k_tgd.shape[1], spec, state.streams) or needs_gradients(tensors):
@@ -81,8 +82,7 @@ def serves(q_tnd: torch.Tensor, g: int, spec: MahaSpec, streams: int) -> bool:
     """Whether the kernels do: few rows a stream, and one softmax over all scales."""
     _, n, d, rows = *q_tnd.shape, len(q_tnd) // streams
     few = rows <= MOST_ROWS and rows * (n // g) <= MOST_LINES
-    one_softmax = spec.scales == 1 or (spec.joint_softmax and spec.lse_utility)
-    return few and one_softmax and not spec.key_map and unserved_heads(d, q_tnd.dtype) is None
+    return few and is_one_softmax(spec) and not spec.key_map and unserved_heads(d, q_tnd.dtype) is None
 
 
 def needs_gradients(tensors) -> bool:
@@ -126,7 +126,7 @@ class Call:
             slots_before=(0, *itertools.accumulate(slots)),
             half=self.d // 2,
             epsilon=spec.norm_epsilon,
-            fast=self.dtype.itemsize == 2 and not triton.knobs.runtime.interpret,
+            fast=self.dtype.itemsize == 2 and compiled(),
             precision="tf32x3" if self.dtype.itemsize == 4 else "tf32",
         )
 
@@ -198,12 +198,6 @@ class Call:
         self.attention(new, fresh, queries, parts).run()
         self.joining(parts, out, weights).run()
         return out, weights, new
-
-
-# an operator's schema is read off annotations: these names keep them short
-Tensor = torch.Tensor
-Tensors = list[torch.Tensor]
-Numbers = list[int]
 
 
 @torch.library.custom_op("maha_megatron::advance_streams", mutates_args=())

@@ -12,11 +12,9 @@ import triton
 import triton.language as tl
 
 from maha_megatron.attention.decode.triton_step import at_held, at_slots, document_at
+from maha_megatron.attention.scale_attention.triton_forward import FARTHEST, LOG2_E
 from maha_megatron.attention.scale_attention.triton_geometry import cosine_sine, inverse_norm, joined, rotated, turns
 from maha_megatron.attention.triton_slots import first_slot, pick, stride_of, visible, within
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-FARTHEST = tl.constexpr(-1e30)  # below every logit, and finite: a tile that no row sees has no NaN
 
 
 @triton.jit

@@ -8,8 +8,7 @@ tile of keys and values once). It goes over the scales and, in each, over the ti
     scale 2    [k k]           ...                                             one accumulator [rows, d]
     scale 3    [k]
 
-Logits and maxima are in units of log 2. Channels are read in halves, (i) and (i + d/2), so that pairs stay in place:
-logits are the sum of two products.
+Logits and maxima are in units of log 2. Channels are read in halves, (i) and (i + d/2), so that pairs stay in place.
 """
 
 import triton
@@ -73,11 +72,12 @@ def seen_by_whole_tile(start, ends, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def slots_of_tile(start, ends, scale, SHAPE: tl.constexpr):
-    """What `visible_to_tile` and `seen_by_whole_tile` say."""
+def sight_of_tile(start, ends, row, document, scale, SHAPE: tl.constexpr):
+    """Slots [first, end) of a scale: what each line sees, what some line of the tile sees, what every line sees."""
+    see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
     begin, end = visible_to_tile(start, ends, scale, SHAPE)
     seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
-    return begin, end, seen_from, seen_to
+    return see_from, see_to, begin, end, seen_from, seen_to
 
 
 @triton.jit
@@ -87,10 +87,13 @@ def log_of_sum(top, part):
 
 
 @triton.jit
-def only_seen(logits, key, at, see_from, see_to):
+def only_seen(logits, key, at, sight, KEYS: tl.constexpr):
     """Logits [lines, keys] of the tile of keys from slot `at` on; -inf where a line does not see the slot."""
-    seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
-    return tl.where(seen, logits, float("-inf"))
+    see_from, see_to, _begin, _end, seen_from, seen_to = sight
+    if (at < seen_from) | (at + KEYS > seen_to):  # some line does not see all of the tile
+        seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+    return logits
 
 
 @triton.jit
@@ -158,6 +161,52 @@ def slots_of_scale(keys, group, places, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def attend_scale(
+    query,
+    raised,
+    unit,
+    sight,
+    keys,
+    group,
+    places,
+    scale,
+    top,
+    mass,
+    part,
+    fused,
+    SHAPE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """One scale's keys into a running softmax: its maximum, sum, and sum of values; with PART, the scale's own sum.
+
+    Logits are products of queries and keys, times `unit`, plus `raised`, in units of log 2.
+    """
+    WIDTH: tl.constexpr = 2 * SHAPE.half
+    operand: tl.constexpr = keys.prepared.dtype.element_ty
+    key, channels = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
+    value_offset = key[:, None] * value_stride + channels[None, :]
+    end = sight[3]
+    for at in tl.range(sight[2], end, KEYS):
+        # keys behind the last are read, and not seen; values there might be no numbers, which 0 would not undo
+        key_tile = tl.load(key_base + at * WIDTH + key[:, None] * WIDTH + channels[None, :])
+        logits = only_seen(tl.dot(query, key_tile.T, input_precision=SHAPE.precision), key, at, sight, KEYS)
+        higher = tl.maximum(top, tl.max(logits, 1) * unit + raised)
+        weight = tl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
+        shrink = tl.exp2(top - higher)
+        added = tl.sum(weight, 1)
+        mass = mass * shrink + added
+        if PART:
+            part = part * shrink + added
+        real = (key < end - at)[:, None]
+        value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+        fused = tl.dot(weight.to(operand), value_tile, fused * shrink[:, None], input_precision=SHAPE.precision)
+        top = higher
+    return top, mass, part, fused
+
+
+@triton.jit
 def attend_kernel(
     queries,
     keys,
@@ -174,7 +223,7 @@ def attend_kernel(
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
-    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
+    channels = tl.arange(0, 2 * HALF)
     norm = query_norms(queries, start, row, head, inside, SHAPE)
     # queries are rotated as they are, and logits normalised: a factor for each row, in units of log 2
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
@@ -182,34 +231,17 @@ def attend_kernel(
     mass = tl.zeros([HEADS * ROWS], tl.float32)
     fused = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, len(SHAPE.windows)):
-        see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
-        begin, end, seen_from, seen_to = slots_of_tile(start, ends, scale, SHAPE)
-        first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
+        sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
+        first, second = gained_queries(queries, start, row, head, inside & (sight[2] <= sight[3]), HALF, HEADS)
         raised = tl.zeros([HEADS * ROWS], tl.float32)
         if SHAPE.utilities:
             raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
         turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
         query = joined(turned_first, turned_second)
-        key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
-        value_offset = key[:, None] * value_stride + channels[None, :]
         part = tl.zeros([HEADS * ROWS], tl.float32)
-        for at in tl.range(begin, end, KEYS):
-            # keys behind the last are read, and not seen; values there might be no numbers, which 0 would not undo
-            key_tile = tl.load(key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :])
-            logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
-            if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
-                logits = only_seen(logits, key, at, see_from, see_to)
-            higher = tl.maximum(top, tl.max(logits, 1) * unit + raised)
-            weight = tl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
-            shrink = tl.exp2(top - higher)
-            added = tl.sum(weight, 1)
-            mass = mass * shrink + added
-            if scale_lse is not None:
-                part = part * shrink + added
-            real = (key < end - at)[:, None]
-            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
-            fused = tl.dot(weight.to(operand), value_tile, fused * shrink[:, None], input_precision=SHAPE.precision)
-            top = higher
+        of_scale = (query, raised, unit, sight, keys, group, places, scale)
+        with_part: tl.constexpr = scale_lse is not None
+        top, mass, part, fused = attend_scale(*of_scale, top, mass, part, fused, SHAPE, KEYS, with_part)
         if scale_lse is not None:
             at_part = (row.to(tl.int64) * queries.n + head) * len(SHAPE.windows) + scale
             tl.store(scale_lse + at_part, log_of_sum(top, part), mask=inside)

@@ -10,7 +10,6 @@ prepared keys, are those of a few groups. Every sum has a fixed order, so result
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 
 from maha_megatron.attention.scale_attention.triton_arguments import (
     KeyGradients,
@@ -28,12 +27,14 @@ from maha_megatron.attention.scale_attention.triton_key_gradient import add_part
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
-from maha_megatron.attention.triton_launch import Launch, lined_up
+from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
 from maha_megatron.scales import slot_count, stride
 
 
 class Call:
     """One call's tensors and numbers, as the kernels take them."""
+
+    apart = False  # whether every scale has a softmax of its own
 
     def __init__(self, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels):
         self.q, self.query_gain, self.key_gain = lined_up(q), query_gain.contiguous(), key_gain.contiguous()
@@ -66,7 +67,7 @@ class Call:
             past_slots=self.past_slots,
             half=self.d // 2,
             epsilon=self.spec.norm_epsilon,
-            fast=self.q.dtype.itemsize == 2 and _compiled(),
+            fast=self.q.dtype.itemsize == 2 and compiled(),
             utilities=self.rho is not None,
             precision="tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
         )
@@ -99,9 +100,13 @@ class Call:
         self.preparation(prepared).run()
         return prepared
 
+    def rows_of(self, outputs: torch.Tensor) -> Rows:
+        """Outputs or their gradients, as the kernels take them."""
+        return of_rows(outputs)
+
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
-        tensors = (self._queries(), self._keys(keys), self._places(), of_rows(out), lse, scale_lse)
+        tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
@@ -115,19 +120,25 @@ class Call:
 
     def query_gradients(self, keys, out, lse, grad_out, made: QueryGradients) -> Launch:
         tiles = self.tuning.query_gradient
-        tensors = (self._queries(), self._keys(keys), self._places(), of_rows(out), lse, of_rows(grad_out), made)
+        tensors = (
+            self._queries(),
+            self._keys(keys),
+            self._places(),
+            self.rows_of(out),
+            lse,
+            self.rows_of(grad_out),
+            made,
+        )
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def key_gradients(self, keys, grad_out, found: QueryGradients, made: KeyGradients) -> Launch:
-        return self._key_gradients(key_gradient_kernel, keys, of_rows(grad_out), found, made)
-
-    def _key_gradients(self, kernel, keys, grad_out: Rows, found: QueryGradients, made: KeyGradients) -> Launch:
         tiles, parts = self.tuning.key_gradient, self._parts()
         of_keys = (self._keys(keys), of_scales(self.raw_keys), self.key_gain)
-        tensors = (self._queries(), *of_keys, self._places(), grad_out, found, made, parts)
+        tensors = (self._queries(), *of_keys, self._places(), self.rows_of(grad_out), found, made, parts)
         grid = (sum(tiles_here * part for tiles_here, part in zip(self._key_tiles(tiles), parts, strict=True)), self.g)
-        return self._launch(kernel, grid, tiles, *tensors, ROWS=tiles.rows, KEYS=tiles.keys)
+        sizes = {"ROWS": tiles.rows, "KEYS": tiles.keys, "APART": self.apart}
+        return self._launch(key_gradient_kernel, grid, tiles, *tensors, **sizes)
 
     def added_parts(self, made: KeyGradients) -> Launch:
         tiles = self.tuning.key_gradient
@@ -215,13 +226,18 @@ class Call:
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
         self.query_gradients(keys, out, lse, grad_out, found).run()
+        made = self._through_keys(keys, grad_out, found, grad_keys, grad_values)
+        # as utility_gradients of the first kernel: what rounding left in the direction of all utilities is taken out
+        total = found.utility_gradients.sum(1, keepdim=True)
+        return self._learned_gradients(found, made, found.utility_gradients - found.shares * total)
+
+    def _through_keys(self, keys, grad_out, found: QueryGradients, grad_keys, grad_values) -> KeyGradients:
+        """Runs what follows the first kernel; writes the latter two."""
         made = self.made_by_key_gradients(grad_keys, grad_values)
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
-        # as utility_gradient of the first kernel: what rounding left in the direction of all utilities is taken out
-        total = found.utility_gradients.sum(1, keepdim=True)
-        return self._learned_gradients(found, made, found.utility_gradients - found.shares * total)
+        return made
 
     def _learned_gradients(self, found: QueryGradients, made: KeyGradients, utilities: torch.Tensor):
         """Of query gain, key gain, rho and beta, given those of utilities [n, L, t]."""
@@ -238,8 +254,3 @@ def of_rows(x: torch.Tensor) -> Rows:
 
 def of_scales(tensors: Sequence[torch.Tensor]) -> Scales:
     return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
-
-
-def _compiled() -> bool:
-    """Whether kernels are compiled, rather than interpreted."""
-    return not triton.knobs.runtime.interpret

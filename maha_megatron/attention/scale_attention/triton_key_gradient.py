@@ -74,6 +74,14 @@ def seeing_rows(slot, end, places, scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def part_of_rows(rows, part, shared_by, ROWS: tl.constexpr):
+    """What one of the programs that share a range of rows goes over: as many tiles as the others."""
+    begin, stop = rows
+    span = tl.cdiv(tl.cdiv(stop - begin, shared_by), ROWS) * ROWS
+    return begin + part * span, tl.minimum(begin + part * span + span, stop)
+
+
+@triton.jit
 def rows_at(at, places, scale, SHAPE: tl.constexpr, ROWS: tl.constexpr):
     """Of the rows from `at` on: row, whether it exists, and the slots [first, end) it sees."""
     row = at + tl.arange(0, ROWS)
@@ -138,13 +146,14 @@ def key_gradient_kernel(
     raw_keys,
     key_gain,
     places,
-    grad_out,  # Rows
-    found,  # by query_gradient_kernel
+    grad_out,  # Rows; with APART, a head and scale is a head of its own
+    found,  # by the first kernel
     made,
     parts,  # of every scale, how many programs share a tile
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    APART: tl.constexpr,  # whether every scale has a softmax, hence dO and delta, of its own
 ):
     HALF: tl.constexpr = SHAPE.half
     SCALES: tl.constexpr = len(SHAPE.windows)
@@ -155,11 +164,9 @@ def key_gradient_kernel(
     entries = past + slot_count(places.rows, SHAPE.ratio, scale)
     entry = tile * KEYS + tl.arange(0, KEYS)
     inside, slot = (entry < entries)[:, None], entry - past
-    begin, stop = seeing_rows(tile * KEYS - past, tl.minimum(tile * KEYS + KEYS, entries) - past, places, scale, SHAPE)
+    seen_by = seeing_rows(tile * KEYS - past, tl.minimum(tile * KEYS + KEYS, entries) - past, places, scale, SHAPE)
     shared_by = pick(parts, scale)
-    span = tl.cdiv(tl.cdiv(stop - begin, shared_by), ROWS) * ROWS
-    begin = begin + part * span
-    stop = tl.minimum(begin + span, stop)
+    begin, stop = part_of_rows(seen_by, part, shared_by, ROWS)
     key_tile, value_tile = load_key_tile(keys, entry, group, places, scale, inside, SHAPE)
     channels = tl.arange(0, 2 * HALF)
     grad_value = tl.zeros([KEYS, 2 * HALF], tl.float32)
@@ -167,6 +174,9 @@ def key_gradient_kernel(
     for head in tl.range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
         of_scale = (head * SCALES + scale).to(tl.int64) * places.rows
         turned = found.turned + of_scale * (2 * HALF)
+        of_output, delta_at = head, found.delta + head * places.rows
+        if APART:
+            of_output, delta_at = head * SCALES + scale, found.delta + of_scale
         for at in tl.range(begin, stop, ROWS):
             row, real, see_from, see_to = rows_at(at, places, scale, SHAPE, ROWS)
             query_at = turned + row[:, None] * (2 * HALF) + channels[None, :]
@@ -176,10 +186,10 @@ def key_gradient_kernel(
             offset = tl.load(found.offsets + of_scale + row, mask=real, other=0.0)
             seen = within(slot[:, None], see_from[None, :], (see_to - see_from)[None, :])
             weight = tl.exp2(tl.where(seen, logits * (norm * unit)[None, :] + offset[None, :], float("-inf")))
-            grad = load_rows(grad_out, row, head, real, channels)
+            grad = load_rows(grad_out, row, of_output, real, channels)
             grad_value = tl.dot(weight.to(operand), grad, grad_value, input_precision=SHAPE.precision)
             grad_weight = tl.dot(value_tile, grad.T, input_precision=SHAPE.precision)
-            delta = tl.load(found.delta + head * places.rows + row, mask=real, other=0.0)
+            delta = tl.load(delta_at + row, mask=real, other=0.0)
             grad_logits = weight * (grad_weight - delta[None, :]) * norm[None, :]
             grad_key = tl.dot(grad_logits.to(operand), query, grad_key, input_precision=SHAPE.precision)
     if shared_by > 1:

@@ -82,7 +82,7 @@ def joint_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [t, n, d], log-sum-exp [n, t] in units of log 2, and scale weights [t, n, L], empty if not asked for."""
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
-    call = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     out, lse, scale_lse = call.forward(with_weights)
     return out, lse, weights_of(lse, scale_lse)
 
@@ -94,10 +94,7 @@ def weights_of(lse: torch.Tensor, scale_lse: torch.Tensor | None) -> torch.Tenso
 
 @joint_attention.register_fake
 def _(q, query_gain, key_gain, rho, beta, document_start, keys, values, ratio, windows, past_slots, *others):
-    with_weights = others[-2]
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = (*q.shape[:2], len(windows)) if with_weights else (0,)
-    return q.new_empty(q.shape), lse, lse.new_empty(shape)
+    return empty_outputs(q, len(windows), with_weights=others[-2])
 
 
 @torch.library.custom_op("maha_megatron::joint_attention_backward", mutates_args=())
@@ -122,9 +119,8 @@ def joint_attention_backward(
 ) -> list[Tensor]:
     """Gradients of q, of every scale's keys, then values, of query gain and key gain, and of rho and beta if given."""
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
-    call = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
-    grad_q, learned, grad_keys, grad_values = call.backward(grad_out, out, lse)
-    return [grad_q, *grad_keys, *grad_values, *(grad for grad in learned if grad is not None)]
+    call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    return in_turn(*call.backward(grad_out, out, lse))
 
 
 @joint_attention_backward.register_fake
@@ -133,12 +129,31 @@ def _(grad_out, out, lse, q, query_gain, key_gain, rho, beta, document_start, ke
     return [x.new_empty(x.shape) for x in wanted if x is not None]
 
 
-def _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers) -> Call:
+def call_of(kind: type[Call], q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers) -> Call:
+    """The call behind an operator's arguments."""
     ratio, windows, past_slots, rope_base, norm_epsilon, tiles = numbers
     spec = MahaSpec(ratio=ratio, windows=tuple(windows), rope_base=rope_base, norm_epsilon=norm_epsilon)
     levels = list(zip(keys, values, strict=True))
     tuning, past_slots = tuning_of(tiles), tuple(past_slots)
-    return Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)
+    return kind(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)
+
+
+def in_turn(grad_q, learned, grad_keys, grad_values) -> list[torch.Tensor]:
+    """What a backward operator returns: of q, of every scale's keys, then values, and of what is learned, if given."""
+    return [grad_q, *grad_keys, *grad_values, *(grad for grad in learned if grad is not None)]
+
+
+def of_inputs(grads: Sequence[torch.Tensor], scales: int) -> tuple:
+    """Of `in_turn`: q, query gain, key gain, rho and beta, document_start (none), keys and values."""
+    grad_q, *others = grads
+    learned = (*others[2 * scales :], None, None)[:4]
+    return grad_q, *learned, None, others[:scales], others[scales : 2 * scales]
+
+
+def empty_outputs(q: torch.Tensor, scales: int, with_weights: bool) -> tuple[torch.Tensor, ...]:
+    """Output, log-sum-exp and scale weights as an operator returns them, without content."""
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), lse, lse.new_empty((*q.shape[:2], scales) if with_weights else (0,))
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -153,9 +168,7 @@ def _backward(ctx, grad_out: Tensor, *_) -> tuple:
     out, lse, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
     scales = len(levels) // 2
     given = (q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
-    grad_q, *others = joint_attention_backward(grad_out, out, lse, *given, *ctx.numbers)
-    learned = (*others[2 * scales :], None, None)[:4]
-    return grad_q, *learned, None, others[:scales], others[scales : 2 * scales], *(None,) * 7
+    return *of_inputs(joint_attention_backward(grad_out, out, lse, *given, *ctx.numbers), scales), *(None,) * 7
 
 
 joint_attention.register_autograd(_backward, setup_context=_keep)

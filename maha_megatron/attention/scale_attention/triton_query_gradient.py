@@ -16,8 +16,8 @@ from maha_megatron.attention.scale_attention.triton_forward import (
     at_lines,
     load_queries,
     only_seen,
+    sight_of_tile,
     slots_of_scale,
-    slots_of_tile,
     tile_ends,
     tile_rows,
     turned_queries,
@@ -33,7 +33,6 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     turns,
     turns_on,
 )
-from maha_megatron.attention.triton_slots import visible, window_of
 
 
 @triton.jit
@@ -47,6 +46,17 @@ def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.cons
     """Some channels of the heads of this program [HEADS, channels], into row `line` of [lines, n, d]."""
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     tl.store(parts + (line * n + head)[:, None] * (2 * HALF) + channel[None, :], part)
+
+
+@triton.jit
+def store_turned(first, second, made, line, place, places, scale, inside, SHAPE: tl.constexpr):
+    """Turns queries, in halves and times their gain, for a scale, and writes them to lines of [n, L, t, d]."""
+    operand: tl.constexpr = made.turned.dtype.element_ty
+    first, second = turned_queries(first, second, place, places, scale, operand, SHAPE)
+    at = made.turned + line[:, None] * (2 * SHAPE.half) + tl.arange(0, SHAPE.half)[None, :]
+    tl.store(at, first, mask=inside[:, None])
+    tl.store(at + SHAPE.half, second, mask=inside[:, None])
+    return first, second
 
 
 @triton.jit
@@ -70,11 +80,7 @@ def turn_tile(lines, document, lse, line, SHAPE: tl.constexpr, HEADS: tl.constex
         if SHAPE.utilities:
             offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
         tl.store(made.offsets + line, offset, mask=inside)
-        operand: tl.constexpr = made.turned.dtype.element_ty
-        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
-        at = made.turned + line[:, None] * (2 * HALF) + channel[None, :]
-        tl.store(at, turned_first, mask=inside[:, None])
-        tl.store(at + HALF, turned_second, mask=inside[:, None])
+        store_turned(first, second, made, line, row - document, places, scale, inside, SHAPE)
         line += places.rows
     return norm
 
@@ -201,6 +207,47 @@ def load_outputs(out, grad_out, places, made, start, row, head, SHAPE: tl.conste
 
 
 @triton.jit
+def add_query_gradient(
+    grad_query,
+    query,
+    grad,
+    delta,
+    offset,
+    unit,
+    sight,
+    keys,
+    group,
+    places,
+    scale,
+    SHAPE: tl.constexpr,
+    KEYS: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """What one scale's keys ask of turned queries; with SUMS, also the sums of dS and of P of every line."""
+    WIDTH: tl.constexpr = 2 * SHAPE.half
+    operand: tl.constexpr = keys.prepared.dtype.element_ty
+    key, channels = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
+    value_offset = key[:, None] * value_stride + channels[None, :]
+    of_logits, of_weights = tl.zeros_like(delta), tl.zeros_like(delta)
+    end = sight[3]
+    for at in tl.range(sight[2], end, KEYS):
+        real = (key < end - at)[:, None]
+        key_at = key_base + at * WIDTH + key[:, None] * WIDTH + channels[None, :]
+        key_tile = tl.load(key_at, mask=real, other=0.0)
+        value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+        logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
+        grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
+        weight = tl.exp2(only_seen(logits * unit[:, None] + offset[:, None], key, at, sight, KEYS))
+        grad_logits = weight * (grad_weight - delta[:, None])
+        if SUMS:
+            of_logits += tl.sum(grad_logits, 1)
+            of_weights += tl.sum(weight, 1)
+        grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=SHAPE.precision)
+    return grad_query, of_logits, of_weights
+
+
+@triton.jit
 def query_gradient_kernel(
     queries,
     keys,
@@ -216,10 +263,8 @@ def query_gradient_kernel(
 ):
     HALF: tl.constexpr = SHAPE.half
     SCALES: tl.constexpr = len(SHAPE.windows)
-    operand: tl.constexpr = keys.prepared.dtype.element_ty
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
-    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
     lines = (queries, places, made, start, row, head)
     first_line = (head * SCALES).to(tl.int64) * places.rows + row
     norm = turn_tile(lines, document, lse, first_line, SHAPE, HEADS)
@@ -229,32 +274,14 @@ def query_gradient_kernel(
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, SCALES):
-        see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
-        begin, end, seen_from, seen_to = slots_of_tile(start, ends, scale, SHAPE)
+        sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
         at_scale = first_line + scale * places.rows
         offset = tl.load(made.offsets + at_scale, mask=inside, other=0.0)
-        turned_at = made.turned + at_scale[:, None] * (2 * HALF) + channels[None, :]
+        turned_at = made.turned + at_scale[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
         query = tl.load(turned_at, mask=inside[:, None], other=0.0)
         grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
-        key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
-        value_offset = key[:, None] * value_stride + channels[None, :]
-        grad_utility, share = tl.zeros([HEADS * ROWS], tl.float32), tl.zeros([HEADS * ROWS], tl.float32)
-        for at in tl.range(begin, end, KEYS):
-            real = (key < end - at)[:, None]
-            key_at = key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :]
-            key_tile = tl.load(key_at, mask=real, other=0.0)
-            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
-            logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
-            grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
-            logits = logits * unit[:, None] + offset[:, None]
-            if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
-                logits = only_seen(logits, key, at, see_from, see_to)
-            weight = tl.exp2(logits)
-            grad_logits = weight * (grad_weight - delta[:, None])
-            if SHAPE.utilities:
-                grad_utility += tl.sum(grad_logits, 1)
-                share += tl.sum(weight, 1)
-            grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=SHAPE.precision)
+        of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
+        grad_query, grad_utility, share = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, SHAPE.utilities)
         if SHAPE.utilities:
             tl.store(made.utility_gradients + at_scale, grad_utility, mask=inside)
             tl.store(made.shares + at_scale, share, mask=inside)

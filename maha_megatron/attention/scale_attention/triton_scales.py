@@ -1,7 +1,7 @@
 """Every scale's attention by kernels: which buffers they read and write, and in which order (triton_scales_ops.py).
 
     forward     prepare_keys -> attend_scales_kernel
-    backward    prepare_keys -> scales_query_gradient_kernel -> scales_key_gradient_kernel (-> add_parts_kernel)
+    backward    prepare_keys -> scales_query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel)
 
 Kept for backward: q, the levels, O [t, n, L, d] and LSE [t, n, L]. Every sum has a fixed order, so results are bitwise
 reproducible.
@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 
 import maha_megatron.attention.scale_attention.triton_joint as joint
-from maha_megatron.attention.scale_attention.triton_arguments import KeyGradients, QueryGradients, Rows
+from maha_megatron.attention.scale_attention.triton_arguments import QueryGradients, Rows
 from maha_megatron.attention.scale_attention.triton_scales_forward import attend_scales_kernel
-from maha_megatron.attention.scale_attention.triton_scales_key_gradient import scales_key_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_scales_query_gradient import scales_query_gradient_kernel
 from maha_megatron.attention.triton_launch import Launch
 
@@ -42,9 +41,15 @@ class Given(NamedTuple):
 class Call(joint.Call):
     """One call's tensors and numbers."""
 
+    apart = True
+
+    def rows_of(self, outputs: torch.Tensor) -> Rows:
+        """Of [t, n, L, d], the last two contiguous: a head and scale is a head of its own."""
+        return Rows(outputs, outputs.stride(0), outputs.stride(2))
+
     def attention(self, keys, outs, lses, utilities) -> Launch:
         tiles = self.tuning.forward
-        tensors = (self._queries(), self._keys(keys), self._places(), _rows_of_scales(outs), lses, utilities)
+        tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(outs), lses, utilities)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(attend_scales_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
@@ -58,14 +63,11 @@ class Call(joint.Call):
 
     def query_gradients(self, keys, given: Given, made: QueryGradients) -> Launch:
         tiles = self.tuning.query_gradient
-        outs, grad_outs = _rows_of_scales(given.outs), _rows_of_scales(given.grad_outs)
+        outs, grad_outs = self.rows_of(given.outs), self.rows_of(given.grad_outs)
         of_rows = given._replace(outs=outs, grad_outs=grad_outs, grad_utilities=None)
         tensors = (self._queries(), self._keys(keys), self._places(), of_rows, made)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(scales_query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
-
-    def key_gradients(self, keys, grad_outs, found: QueryGradients, made: KeyGradients) -> Launch:
-        return self._key_gradients(scales_key_gradient_kernel, keys, _rows_of_scales(grad_outs), found, made)
 
     def found_by_query_gradients(self, given: Given) -> QueryGradients:
         """As of the joint kernels, but delta too is of every scale, and gradients of utilities are given."""
@@ -85,13 +87,5 @@ class Call(joint.Call):
         keys = self.prepared_keys()
         found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
         self.query_gradients(keys, given, found).run()
-        made = self.made_by_key_gradients(grad_keys, grad_values)
-        self.key_gradients(keys, given.grad_outs, found, made).run()
-        if max(self._parts()) > 1:
-            self.added_parts(made).run()
+        made = self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values)
         return self._learned_gradients(found, made, found.utility_gradients)
-
-
-def _rows_of_scales(x: torch.Tensor) -> Rows:
-    """Of [t, n, L, d], the last two contiguous: a head and scale is a head of its own."""
-    return Rows(x, x.stride(0), x.stride(2))

@@ -4,9 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
-from maha_megatron.attention.scale_attention.triton_ops import Numbers, Tensor, Tensors, capability_of
+from maha_megatron.attention.scale_attention.triton_ops import (
+    Numbers,
+    Tensor,
+    Tensors,
+    call_of,
+    capability_of,
+    in_turn,
+    of_inputs,
+)
 from maha_megatron.attention.scale_attention.triton_scales import Call, Given
-from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for, tuning_of
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
 
@@ -63,7 +71,8 @@ def scales_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O [t, n, L, d], LSE [t, n, L] and utilities [t, n, L], empty without rho."""
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
-    outs, lses, utilities = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers).forward()
+    call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    outs, lses, utilities = call.forward()
     return outs, lses, lses.new_empty(0) if utilities is None else utilities
 
 
@@ -98,11 +107,10 @@ def scales_attention_backward(
 ) -> list[Tensor]:
     """Gradients of q, of every scale's keys, then values, of query gain and key gain, and of rho and beta if given."""
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
-    call = _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     utilities = None if rho is None else grad_utilities
     given = Given(outs, lses, grad_outs.contiguous(), grad_lses, utilities)
-    grad_q, learned, grad_keys, grad_values = call.backward(given)
-    return [grad_q, *grad_keys, *grad_values, *(grad for grad in learned if grad is not None)]
+    return in_turn(*call.backward(given))
 
 
 @scales_attention_backward.register_fake
@@ -110,14 +118,6 @@ def _(grad_outs, grad_lses, grad_utilities, outs, lses, *inputs):
     q, query_gain, key_gain, rho, beta, _, keys, values, *_ = inputs
     wanted = [q, *keys, *values, query_gain, key_gain, rho, beta]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
-
-
-def _call(q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers) -> Call:
-    ratio, windows, past_slots, rope_base, norm_epsilon, tiles = numbers
-    spec = MahaSpec(ratio=ratio, windows=tuple(windows), rope_base=rope_base, norm_epsilon=norm_epsilon)
-    levels = list(zip(keys, values, strict=True))
-    tuning, past_slots = tuning_of(tiles), tuple(past_slots)
-    return Call(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -130,9 +130,7 @@ def _backward(ctx, *grads: Tensor) -> tuple:
     outs, lses, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
     scales = len(levels) // 2
     given = (q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
-    grad_q, *others = scales_attention_backward(*grads, outs, lses, *given, *ctx.numbers)
-    learned = (*others[2 * scales :], None, None)[:4]
-    return grad_q, *learned, None, others[:scales], others[scales : 2 * scales], *(None,) * 6
+    return *of_inputs(scales_attention_backward(*grads, outs, lses, *given, *ctx.numbers), scales), *(None,) * 6
 
 
 scales_attention.register_autograd(_backward, setup_context=_keep)

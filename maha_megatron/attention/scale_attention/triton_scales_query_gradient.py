@@ -16,17 +16,18 @@ from maha_megatron.attention.scale_attention.triton_forward import (
     at_lines,
     gained_queries,
     query_norms,
-    seen_by_whole_tile,
-    slots_of_scale,
+    sight_of_tile,
     tile_ends,
     tile_rows,
-    turned_queries,
-    visible_to_tile,
 )
 from maha_megatron.attention.scale_attention.triton_geometry import joined
-from maha_megatron.attention.scale_attention.triton_query_gradient import store_query_gradients, turned_on
+from maha_megatron.attention.scale_attention.triton_query_gradient import (
+    add_query_gradient,
+    store_query_gradients,
+    store_turned,
+    turned_on,
+)
 from maha_megatron.attention.scale_attention.triton_scales_forward import at_scales
-from maha_megatron.attention.triton_slots import visible, window_of, within
 
 
 @triton.jit
@@ -62,43 +63,21 @@ def scales_query_gradient_kernel(
 ):
     HALF: tl.constexpr = SHAPE.half
     SCALES: tl.constexpr = len(SHAPE.windows)
-    operand: tl.constexpr = keys.prepared.dtype.element_ty
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
-    key, channels = tl.arange(0, KEYS), tl.arange(0, 2 * HALF)
     norm = query_norms(queries, start, row, head, inside, SHAPE)
     tl.store(made.norms + head * places.rows + row, norm, mask=inside)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, SCALES):
-        see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
-        begin, end = visible_to_tile(start, ends, scale, SHAPE)
-        seen_from, seen_to = seen_by_whole_tile(start, ends, scale, SHAPE)
+        sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
         grad, delta, offset = load_scale(given, made, places, start, row, head, queries.n, scale, inside, SHAPE)
-        first, second = gained_queries(queries, start, row, head, inside & (begin <= end), HALF, HEADS)
-        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+        first, second = gained_queries(queries, start, row, head, inside & (sight[2] <= sight[3]), HALF, HEADS)
         at_scale = (head * SCALES + scale).to(tl.int64) * places.rows + row
-        turned_at = made.turned + at_scale[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
-        tl.store(turned_at, turned_first, mask=inside[:, None])
-        tl.store(turned_at + HALF, turned_second, mask=inside[:, None])
-        query = joined(turned_first, turned_second)
+        query = joined(*store_turned(first, second, made, at_scale, row - document, places, scale, inside, SHAPE))
         grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
-        key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
-        value_offset = key[:, None] * value_stride + channels[None, :]
-        for at in tl.range(begin, end, KEYS):
-            real = (key < end - at)[:, None]
-            key_at = key_base + at * (2 * HALF) + key[:, None] * (2 * HALF) + channels[None, :]
-            key_tile = tl.load(key_at, mask=real, other=0.0)
-            value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
-            logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
-            grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
-            logits = logits * unit[:, None] + offset[:, None]
-            if (at < seen_from) | (at + KEYS > seen_to):  # some row does not see all of the tile
-                seen = within(key[None, :], (see_from - at)[:, None], (see_to - see_from)[:, None])
-                logits = tl.where(seen, logits, float("-inf"))
-            weight = tl.exp2(logits)
-            grad_logits = weight * (grad_weight - delta[:, None])
-            grad_query = tl.dot(grad_logits.to(operand), key_tile, grad_query, input_precision=SHAPE.precision)
-    total = tl.zeros([HEADS * ROWS], tl.float32)  # nothing is to be taken out of the utilities' gradients
+        of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
+        grad_query, _of_logits, _of_weights = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, False)
     lines = (queries, places, made, start, row, head)
+    total = tl.zeros_like(norm)  # nothing is to be taken out of the utilities' gradients
     store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)
