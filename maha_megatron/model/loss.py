@@ -46,7 +46,10 @@ class LossPieces:
 
 def row_peaks(logits_tv: torch.Tensor, count: int) -> torch.Tensor:
     """The largest of the first `count` logits of every row, at least fp32 [t]; -inf where count is 0."""
-    return _precise(logits_tv, count).amax(dim=1)
+    dtype = torch.promote_types(logits_tv.dtype, torch.float32)
+    if count == 0:
+        return logits_tv.new_full((len(logits_tv),), float("-inf"), dtype=dtype)
+    return logits_tv[:, :count].amax(dim=1).to(dtype)
 
 
 def row_exponentials(
@@ -56,7 +59,9 @@ def row_exponentials(
 
     Logits that are fp32 already are overwritten. `local_label_t` int64 [t], within 0 .. v - 1.
     """
-    shifted_tv = _precise(logits_tv, count).sub_(peak_t[:, None])
+    shifted_tv = logits_tv.to(peak_t.dtype).sub_(peak_t[:, None])
+    if count < shifted_tv.shape[1]:
+        shifted_tv[:, count:] = float("-inf")  # padding rows of the vocabulary
     target_t = shifted_tv.gather(1, local_label_t[:, None])[:, 0]
     exponential_tv = shifted_tv.exp_()
     return exponential_tv, exponential_tv.sum(dim=1), target_t
@@ -65,16 +70,11 @@ def row_exponentials(
 def row_probabilities(
     exponential_tv: torch.Tensor, sum_t: torch.Tensor, loss_mask_t: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """exp / sum, 0 in masked rows, in `dtype` [t, v]."""
-    return (exponential_tv * (loss_mask_t / sum_t)[:, None]).to(dtype)
-
-
-def _precise(logits_tv: torch.Tensor, count: int) -> torch.Tensor:
-    """At least fp32, -inf from column `count` on: padding rows of the vocabulary."""
-    logits_tv = logits_tv.to(torch.promote_types(logits_tv.dtype, torch.float32))
-    if count < logits_tv.shape[1]:
-        logits_tv[:, count:] = float("-inf")
-    return logits_tv
+    """exp / sum, 0 in masked rows, in `dtype` [t, v]; overwrites its first argument where that has the dtype."""
+    factor_t1 = (loss_mask_t / sum_t)[:, None]
+    if exponential_tv.dtype == dtype:
+        return exponential_tv.mul_(factor_t1)
+    return (exponential_tv * factor_t1).to(dtype)
 
 
 PLAIN_PIECES = LossPieces(peaks=row_peaks, exponentials=row_exponentials, probabilities=row_probabilities)
