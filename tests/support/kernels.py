@@ -139,6 +139,8 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
             f"equilibrium's gradients, {name}": fusion.equilibrium_gradient(products, numbers, numbers, *made),
             f"outputs' gradients, {name}": fusion.over_outputs(kernels.outputs_gradient_kernel, outs, out, *grads),
         }
+        if gram or game:
+            found[f"continuation, {name}"] = fusion.continuation(products, numbers, *solved)
     return found | {
         "products": fusion.over_outputs(kernels.products_kernel, outs, lses.new_empty(rows, n, scales, scales)),
         "combination": fusion.over_outputs(kernels.combine_kernel, outs, numbers, out),

@@ -1,16 +1,16 @@
 """Aggregation by kernels: which buffers they read and write, and in which order (triton.py calls them).
 
-    forward    products_kernel (gram)  ->  equilibrium_kernel  ->  combine_kernel
+    forward    products_kernel (gram)  ->  equilibrium_kernel  ->  continuation_kernel  ->  combine_kernel
     backward   weights_gradient_kernel  ->  equilibrium_gradient_kernel  ->  outputs_gradient_kernel
 
-Each is one launch; outputs are never widened in memory, and all steps of Newton's method are taken inside a kernel. The
-quadratic with a matrix, and what Newton leaves unsolved, go to `solvers.solve`: whether there is any of the latter is
-asked of the device once a call, as in eager.
+Each is one launch; outputs are never widened in memory. All steps of Newton's method are taken inside a kernel, and
+what they leave unsolved is solved by another, so that the device is asked nothing. The quadratic with a matrix goes to
+`solvers.solve`.
 """
 
 import torch
 
-from maha_megatron.attention.aggregation import triton_equilibrium, triton_outputs
+from maha_megatron.attention.aggregation import triton_continuation, triton_equilibrium, triton_outputs
 from maha_megatron.attention.aggregation.solvers import (
     GRAM_EPSILON,
     NEWTON_STEPS,
@@ -22,7 +22,6 @@ from maha_megatron.attention.aggregation.solvers import (
 from maha_megatron.attention.triton_launch import Launch
 
 PROGRAM_LINES, OUTPUT_LINES = 128, 32  # rows of one head, and lines (a row and head each), of one program
-_THREADS = {"num_warps": 4}
 
 
 class Fusion:
@@ -49,63 +48,66 @@ class Fusion:
         sizes = {"lines": lines, "SCALES": self.scales, "WIDTH": self.width, "LINES": OUTPUT_LINES}
         return self._launch(kernel, (-(-lines // OUTPUT_LINES),), tensors, sizes)
 
-    def over_programs(self, kernel, *tensors: torch.Tensor | None, **options: object) -> Launch:
-        """Of a kernel of triton_equilibrium.py."""
+    def over_programs(self, kernel, *tensors: torch.Tensor | None, warps: int = 4, **options: object) -> Launch:
+        """Of a kernel of triton_equilibrium.py or triton_continuation.py."""
         sizes = {"rows": self.rows, "n": self.n, "SCALES": self.scales, "LINES": PROGRAM_LINES}
-        sizes["ENTROPY"] = self.regularizer == "entropy"
-        return self._launch(kernel, (-(-self.rows // PROGRAM_LINES), self.n), tensors, sizes | options)
+        return self._launch(kernel, (-(-self.rows // PROGRAM_LINES), self.n), tensors, sizes | options, warps)
 
-    def _launch(self, kernel, grid: tuple[int, ...], tensors, sizes: dict[str, object]) -> Launch:
+    def _launch(self, kernel, grid: tuple[int, ...], tensors, sizes: dict[str, object], warps: int = 4) -> Launch:
         arguments = dict(zip(kernel.arg_names, tensors, strict=False)) | sizes
-        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=_THREADS, device=self.outs.device)
+        options = {"num_warps": warps}
+        return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options, device=self.outs.device)
 
     def equilibrium(self, products, weights, residuals, steps) -> Launch:
         tensors = (self.utilities, self.lses, products, self.kappa, self.skew, weights, residuals, steps)
         options = {"LSE": self.lse_utility, "STEPS": NEWTON_STEPS, "TARGET": TARGET[torch.float32]}
+        options["ENTROPY"] = self.regularizer == "entropy"
         return self.over_programs(triton_equilibrium.equilibrium_kernel, *tensors, **options)
+
+    def continuation(self, products, weights, residuals, steps) -> Launch:
+        """Of the programs that `equilibrium` left unsolved, in place of what stands there."""
+        tensors = (self.utilities, self.lses, products, self.kappa, self.skew, weights, residuals, steps)
+        options = {"LSE": self.lse_utility, "TOLERANCE": TOLERANCE[torch.float32] / 2, "TARGET": TARGET[torch.float64]}
+        options["SIZE"] = 1 << (self.scales - 1).bit_length()
+        return self.over_programs(triton_continuation.continuation_kernel, *tensors, warps=1, **options)
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         """Output, weights, and with a matrix products (gram), residuals and steps, else None."""
-        weights, products, residuals, steps = self.empty(self.scales), None, None, None
+        products, residuals, steps = None, None, None
         if self.kappa is not None:
             products = self.empty(self.scales, self.scales)
             self.over_outputs(triton_outputs.products_kernel, self.outs, products).run()
-        if self.coupled:
-            residuals, steps = self.empty(), self.empty(dtype=torch.int32)
         if self.regularizer == "none":
             feasible = self.lses != -torch.inf
             weights = feasible / feasible.sum(-1, keepdim=True)
         elif self.coupled and self.regularizer == "quadratic":
-            every = torch.arange(self.rows * self.n, device=self.outs.device)
-            self._solve_lines(every, products, weights, residuals, steps)
+            weights, residuals, steps = self._solved(products)
         else:
+            weights = self.empty(self.scales)
+            if self.coupled:
+                residuals, steps = self.empty(), self.empty(dtype=torch.int32)
             self.equilibrium(products, weights, residuals, steps).run()
             if self.coupled:
-                unsolved = ~(residuals.view(-1) <= TOLERANCE[torch.float32] / 2)
-                unsolved = unsolved.nonzero()[:, 0]  # waits for the device
-                if unsolved.numel():
-                    self._solve_lines(unsolved, products, weights, residuals, steps)
+                self.continuation(products, weights, residuals, steps).run()
         out = self.empty(self.width, dtype=self.outs.dtype)
         self.over_outputs(triton_outputs.combine_kernel, self.outs, weights, out).run()
         return out, weights, products, residuals, steps
 
-    def _solve_lines(self, line, products, weights, residuals, steps) -> None:
-        """By `solvers.solve`, in place of what stands there."""
-        head, lse = line % self.n, self.lses.view(-1, self.scales)[line]
-        feasible, payoff = lse != -torch.inf, self.utilities.view(-1, self.scales)[line]
-        payoff = payoff + lse if self.lse_utility else payoff
-        matrix = lse.new_zeros(self.scales, self.scales) if self.skew is None else skew_matrix(self.skew)[head]
+    def _solved(self, products) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights, residuals and steps by `solvers.solve`."""
+        feasible = self.lses != -torch.inf
+        payoff = self.utilities + self.lses if self.lse_utility else self.utilities
+        matrix = self.lses.new_zeros(self.scales, self.scales) if self.skew is None else skew_matrix(self.skew)
         if products is not None:
-            product = products.view(-1, self.scales, self.scales)[line]
-            mean = product.diagonal(dim1=-2, dim2=-1).sum(-1) / feasible.sum(-1)
-            matrix = matrix + (self.kappa[head] / (mean + GRAM_EPSILON))[:, None, None] * product
+            mean = products.diagonal(dim1=-2, dim2=-1).sum(-1) / feasible.sum(-1)
+            matrix = matrix + (self.kappa / (mean + GRAM_EPSILON))[..., None, None] * products
         solved = solve(matrix, payoff, feasible, self.regularizer)
-        weights.view(-1, self.scales)[line] = solved.weights
-        residuals.view(-1)[line], steps.view(-1)[line] = solved.residual, solved.steps
+        return solved.weights.contiguous(), solved.residual, solved.steps
 
     def equilibrium_gradient(self, products, weights, grad_weights, *made: torch.Tensor) -> Launch:
         tensors = (grad_weights, weights, self.lses, products, self.kappa, self.skew, *made)
-        return self.over_programs(triton_equilibrium.equilibrium_gradient_kernel, *tensors)
+        entropy = self.regularizer == "entropy"
+        return self.over_programs(triton_equilibrium.equilibrium_gradient_kernel, *tensors, ENTROPY=entropy)
 
     def backward(self, grad_out, out, weights, products) -> tuple[torch.Tensor | None, ...]:
         """Gradients of O, of the payoffs [t, n, L] (None where weights are equal), of kappa and of the skew part."""

@@ -69,8 +69,10 @@ def test_deterministic_runs_are_bitwise_equal(case, backend, dtype):
         assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
-@pytest.mark.parametrize("case", LONG_CASES, ids=str)
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+# eager asks whether all programs of a game were solved
+@pytest.mark.parametrize(
+    ("case", "backend"), [*itertools.product(LONG_CASES, GPU_BACKENDS), (LONG_GAME, "triton")], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_backward_never_wait_for_the_device(case, backend, dtype):
     values, documents = leaves(case, dtype, "cuda"), documents_of(case, "cuda")

@@ -86,15 +86,37 @@ def test_equal_weights_equal_plain_torch():
     assert wrong(programs(3, 1.0), spec(3, aggregation="mean"), 1e-5) == {}
 
 
-def test_what_newton_leaves_unsolved_is_solved(monkeypatch):
-    """Games that a few steps do not solve; all are counted where nothing else solves them."""
-    game = {"aggregation": "nash", "coupling": "gram"}
-    given, one = programs(4, 300.0), spec(4, **game)
+class NotLaunched:
+    def run(self) -> None:
+        pass
+
+
+def hard(scales: int) -> dict[str, torch.Tensor]:
+    """A few games that a few steps do not solve."""
+    given = programs(scales, 300.0)
+    return {name: (x[:3, :1] if x.dim() > 2 else x[:1]).contiguous() for name, x in given.items()}
+
+
+@pytest.mark.parametrize("scales", [4, *(pytest.param(number, marks=pytest.mark.full) for number in (3, 8))])
+def test_what_newton_leaves_unsolved_is_solved(monkeypatch, scales):
+    """And counted where nothing else solves it."""
+    given, one = hard(scales), spec(scales, aggregation="nash", coupling="gram")
     weights = run(given, one, torch.float32, kernels)["weights"]
     torch.testing.assert_close(weights, run(given, one, torch.float64, plain)["weights"], rtol=0, atol=1e-4)
-    monkeypatch.setattr(triton_fusion.Fusion, "_solve_lines", lambda *_: None)
+    monkeypatch.setattr(triton_fusion.Fusion, "continuation", lambda *_: NotLaunched())
     with pytest.raises(AssertionError, match="assert"):
         run(given, one, torch.float32, kernels)
+
+
+def test_a_program_that_is_no_number_stays_so_and_is_counted():
+    given, one = hard(4), spec(4, aggregation="nash", coupling="gram")
+    given["utilities"][1, 0, 0] = torch.nan
+    learned = AttentionParameters(**{name: given[name].to(DEVICE) for name in ("coupling_raw", "skew")})
+    inputs = (given[name].to(DEVICE) for name in ("outputs", "lse", "utilities"))
+    out, weights, report = triton.aggregate(*inputs, learned, one)
+    assert report.missed == 1
+    assert out[1, 0].isnan().all()
+    assert weights.isnan().any(-1).nonzero().tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ SPILLED_BYTES = {
     "attention, scale by scale": 16,
     "query gradients, scale by scale": 56,
     "equilibrium, a game, 8 scales": 16,
+    "continuation, nash": 8,
 }
 
 
