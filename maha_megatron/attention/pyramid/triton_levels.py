@@ -7,6 +7,7 @@ import triton
 
 from maha_megatron.attention.pyramid.triton_pool import Pair, Pieces, pool_gradient_kernel, pool_kernel
 from maha_megatron.attention.triton_launch import Launch
+from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
 
 _NUMBERS_PER_TILE = 4096  # 32 a thread
@@ -102,18 +103,15 @@ class Call:
 
         With `in_place`, the former are written over the latter.
         """
-        totals, of_scales = [grads[-1]], []
+        totals, learned = [grads[-1]], [torch.empty_like(x, dtype=torch.float32) for x in self.learned]
         for scale in range(self.scales - 1, 0, -1):
             total = grads[scale - 1] if in_place else self.empty(scale - 1)
             launch, parts = self.gradient(scale, levels[scale - 1], totals[0], grads[scale - 1], total)
             launch.run()
             totals.insert(0, total)
-            of_scales.insert(0, [part.sum(0) for part in parts])
-        learned = [
-            torch.stack(of_one).to(tensor.dtype)
-            for tensor, of_one in zip(self.learned, zip(*of_scales, strict=True), strict=True)
-        ]
-        return totals, learned
+            for part, whole in zip(parts, learned, strict=True):
+                adding_up(part, whole[scale - 1]).run()
+        return totals, [whole.to(x.dtype) for whole, x in zip(learned, self.learned, strict=True)]
 
 
 def pairs(tensors: Sequence[torch.Tensor]) -> list[Level]:

@@ -54,8 +54,8 @@ class QueryGradients(NamedTuple):
 
     grad_q [t, n, d]; delta and norms (1 / root mean square of the raw queries) [n, t]; offsets [n, L, t], c_l - LSE in
     units of log 2; turned [n, L, t, d], queries times their gain, rotated for every scale, not normalised;
-    utility_gradients and shares (the scale's part of the softmax) [n, L, t]. Sums over rows in parts, one for each tile
-    of rows: gain_parts [tiles, n, d] and, before the gain, rho_parts [tiles, L, n, d].
+    utility_gradients and shares (the scale's part of the softmax) [n, L, t]. learned_parts [tiles, n, 1 + L + 1, d],
+    sums over each tile of rows: of the gain; with utilities of rho too, before the gain, and of beta in the first ones.
     """
 
     grad_q: Rows
@@ -65,8 +65,7 @@ class QueryGradients(NamedTuple):
     turned: torch.Tensor
     utility_gradients: torch.Tensor
     shares: torch.Tensor
-    gain_parts: torch.Tensor
-    rho_parts: torch.Tensor
+    learned_parts: torch.Tensor
 
 
 class KeyGradients(NamedTuple):

@@ -1,7 +1,8 @@
 """Joint attention by kernels: which buffers they read and write, and in which order (triton_ops.py calls them).
 
     forward     prepare_keys -> attend_kernel
-    backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel), by a few KV groups
+    backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel,
+                by a few KV groups
 
 Kept for backward: q, the levels, out, and one number per row and head. Backward's own buffers, turned queries and
 prepared keys, are those of a few groups. Every sum has a fixed order, so results are bitwise reproducible.
@@ -28,6 +29,7 @@ from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
 from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
+from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
 
 
@@ -166,8 +168,7 @@ class Call:
             turned=self._empty(n, scales, self.rows, width, dtype=dtype),
             utility_gradients=self._empty(n * with_utilities, scales, self.rows),
             shares=self._empty(n * with_utilities, scales, self.rows),
-            gain_parts=self._empty(tiles, n, width),
-            rho_parts=self._empty(tiles * with_utilities, scales, n, width),
+            learned_parts=self._empty(tiles, n, self._learned_kinds(), width),
         )
 
     def made_by_key_gradients(self, grad_keys, grad_values) -> KeyGradients:
@@ -194,17 +195,19 @@ class Call:
             [torch.empty_like(x, memory_format=torch.contiguous_format) for x in of]
             for of in (self.raw_keys, self.values)
         )
-        learned = []
+        sums = (self._empty(self.n, self._learned_kinds(), self.d), self._empty(self.g, self.d))
         for groups in self._portions():
             heads = slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
             part = self._portion(heads, groups)
             into = (grad_q[:, heads], [x[:, groups] for x in grad_keys], [x[:, groups] for x in grad_values])
-            learned.append(part._gradients(*given(heads), *into))
-        of_gains = [torch.cat(grads, dim=-2) for grads in list(zip(*learned, strict=True))[:2]]
-        of_utilities = (None, None)
-        if self.rho is not None:
-            of_utilities = (torch.cat([x[2] for x in learned], dim=-2), torch.cat([x[3] for x in learned], dim=-1))
-        return grad_q, (*of_gains, *of_utilities), grad_keys, grad_values
+            found, made = part._gradients(*given(heads), *into)
+            adding_up(found.learned_parts, sums[0][heads]).run()
+            adding_up(made.gain_parts, sums[1][groups]).run()
+        return grad_q, self._learned_gradients(*sums), grad_keys, grad_values
+
+    def _learned_kinds(self) -> int:
+        """The gain, and with utilities rho of every scale, and beta."""
+        return 1 if self.rho is None else 2 + self.spec.scales
 
     def _portions(self) -> list[slice]:
         """Of KV groups: as few at a time as still fill a card, since buffers are as large as their number."""
@@ -221,15 +224,12 @@ class Call:
         numbers = (self.spec, self.past_slots, self.tuning, levels)
         return type(self)(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
 
-    def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values) -> tuple[torch.Tensor | None, ...]:
-        """Writes the latter three; returns the gradients of query gain, key gain, rho and beta."""
+    def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values) -> tuple[QueryGradients, KeyGradients]:
+        """Writes the latter three; what it returns has the gradients of what is learned, in parts."""
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
         self.query_gradients(keys, out, lse, grad_out, found).run()
-        made = self._through_keys(keys, grad_out, found, grad_keys, grad_values)
-        # as utility_gradients of the first kernel: what rounding left in the direction of all utilities is taken out
-        total = found.utility_gradients.sum(1, keepdim=True)
-        return self._learned_gradients(found, made, found.utility_gradients - found.shares * total)
+        return found, self._through_keys(keys, grad_out, found, grad_keys, grad_values)
 
     def _through_keys(self, keys, grad_out, found: QueryGradients, grad_keys, grad_values) -> KeyGradients:
         """Runs what follows the first kernel; writes the latter two."""
@@ -239,13 +239,15 @@ class Call:
             self.added_parts(made).run()
         return made
 
-    def _learned_gradients(self, found: QueryGradients, made: KeyGradients, utilities: torch.Tensor):
-        """Of query gain, key gain, rho and beta, given those of utilities [n, L, t]."""
-        of_gains = (found.gain_parts.sum(0).to(self.query_gain.dtype), made.gain_parts.sum(0).to(self.key_gain.dtype))
+    def _learned_gradients(self, of_queries: torch.Tensor, of_keys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of query gain, key gain, rho and beta: from the sums of `learned_parts` and of the keys' `gain_parts`."""
+        copied = {"copy": True, "memory_format": torch.contiguous_format}  # as results of an operator have to be
+        of_gains = (of_queries[:, 0].to(self.query_gain.dtype, **copied), of_keys.to(self.key_gain.dtype))
         if self.rho is None:
             return *of_gains, None, None
-        grad_rho, grad_beta = found.rho_parts.sum(0) * self.query_gain, utilities.sum(-1).T
-        return *of_gains, grad_rho.to(self.rho.dtype), grad_beta.to(self.beta.dtype)
+        grad_rho = of_queries[:, 1:-1].transpose(0, 1) * self.query_gain
+        grad_beta = of_queries[:, -1, : self.spec.scales].T
+        return *of_gains, grad_rho.to(self.rho.dtype, **copied), grad_beta.to(self.beta.dtype, **copied)
 
 
 def of_rows(x: torch.Tensor) -> Rows:

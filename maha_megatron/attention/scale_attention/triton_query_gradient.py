@@ -42,10 +42,11 @@ def sum_lines(x, ROWS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def store_part(parts, line, n, part, channel, HALF: tl.constexpr, HEADS: tl.constexpr):
-    """Some channels of the heads of this program [HEADS, channels], into row `line` of [lines, n, d]."""
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    tl.store(parts + (line * n + head)[:, None] * (2 * HALF) + channel[None, :], part)
+def at_parts(parts, n, head, which, SHAPE: tl.constexpr, HEADS: tl.constexpr):
+    """Pointers to channel 0 of what this program's tile has of a head of its own: gain, rho of every scale, or beta."""
+    KINDS: tl.constexpr = 2 + len(SHAPE.windows) if SHAPE.utilities else 1
+    line = tl.program_id(0) * n + tl.program_id(1) * HEADS + head
+    return parts + (line.to(tl.int64) * KINDS + which) * (2 * SHAPE.half)
 
 
 @triton.jit
@@ -138,21 +139,22 @@ def through_gain(
     normalised.
     """
     SCALES: tl.constexpr = len(SHAPE.windows)
-    at = half * SHAPE.half + tl.arange(0, SHAPE.half)
+    at, head_here = half * SHAPE.half + tl.arange(0, SHAPE.half), tl.arange(0, HEADS)
     raw_at = at_lines(queries.raw, start, row, head, at)
     raw = tl.load(raw_at, mask=(row < places.rows)[:, None], other=0.0).to(tl.float32)
-    normal, tile = raw * norm[:, None], tl.program_id(0)
+    normal = raw * norm[:, None]
     if SHAPE.utilities:
-        scale, head_here = of_columns(HEADS)
-        real = ((scale < SCALES) & (head_here < HEADS))[:, None]
-        of_head = scale * queries.n + tl.program_id(1) * HEADS + head_here
+        scale, head_of = of_columns(HEADS)
+        real = ((scale < SCALES) & (head_of < HEADS))[:, None]
+        of_head = scale * queries.n + tl.program_id(1) * HEADS + head_of
         of_head = of_head[:, None] * (2 * SHAPE.half) + at[None, :]
         rho = tl.load(queries.rho + of_head, mask=real, other=0.0).to(tl.float32)
         grad = tl.dot(grads_utility, rho, grad, input_precision=SHAPE.precision)
         part = tl.dot(grads_utility.T, normal, input_precision=SHAPE.precision)
-        tl.store(made.rho_parts + tile * (SCALES * queries.n * 2 * SHAPE.half) + of_head, part, mask=real)
-    part = sum_lines(grad * normal, ROWS, HEADS)
-    store_part(made.gain_parts, tile, queries.n, part, at, SHAPE.half, HEADS)
+        rho_at = at_parts(made.learned_parts, queries.n, head_of, 1 + scale, SHAPE, HEADS)
+        tl.store(rho_at[:, None] + at[None, :], part, mask=real)
+    gain_at = at_parts(made.learned_parts, queries.n, head_here, 0, SHAPE, HEADS)
+    tl.store(gain_at[:, None] + at[None, :], sum_lines(grad * normal, ROWS, HEADS))
     return grad * of_heads(queries.gain, head, at, 2 * SHAPE.half, HEADS), normal
 
 
@@ -184,6 +186,9 @@ def store_query_gradients(
     if SHAPE.utilities:
         tl.debug_barrier()  # what is read now was written before, perhaps by other threads
         grads_utility = utility_gradients(made, total, places, row, SHAPE, ROWS, HEADS)
+        scale, head_of = of_columns(HEADS)
+        beta_at = at_parts(made.learned_parts, queries.n, head_of, 1 + len(SHAPE.windows), SHAPE, HEADS) + scale
+        tl.store(beta_at, tl.sum(grads_utility, 0), mask=(scale < len(SHAPE.windows)) & (head_of < HEADS))
     lines = (queries, places, made, start, row, head)
     first, normal_first = through_gain(first * scaling, 0, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
     second, normal_second = through_gain(second * scaling, 1, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
