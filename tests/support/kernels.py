@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from maha_megatron.attention import triton_sums
 from maha_megatron.attention.aggregation import triton_fusion
 from maha_megatron.attention.aggregation import triton_outputs as kernels
 from maha_megatron.attention.convolution import triton as convolution
@@ -110,6 +111,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
+            "parts added up": triton_sums.adding_up(found.learned_parts, found.learned_parts[0]),
         }
     )
 
