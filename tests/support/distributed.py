@@ -1,4 +1,8 @@
-"""Run a function on several gloo ranks of this machine, each in a fresh Python process."""
+"""Run a function on several gloo ranks of this machine, each in a Python process of its own.
+
+Importing megatron-core and DeepSpeed takes seconds, so one process imports them once and every rank is a fork of it, as
+fresh as that. Where there is CUDA, which no fork of a process that has looked for it can use, every rank is spawned.
+"""
 
 import os
 import tempfile
@@ -9,6 +13,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+# imported before the first rank is forked: names of what every rank needs, none of which starts a thread
+_PRELOADED = ["maha_megatron.train.loop", "tests.support.training"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -24,13 +31,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     from maha_megatron.parallel.compat import free_port  # here, so that the ranks import no more than they need
 
+    start_method = "spawn" if torch.cuda.is_available() else "forkserver"
+    mp.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
             _rank_main,
             args=(function, world_size, free_port(), folder, args),
             nprocs=world_size,
             join=False,
-            start_method="spawn",
+            start_method=start_method,
         )
         deadline = time.monotonic() + timeout_s
         try:
