@@ -21,6 +21,7 @@ WORST_ROUNDING = 0.0035  # of the whole gradient; bf16 keeps 8 bits, so a micro-
 def first_steps(rank: int, world_size: int, stage: int, accumulation: int, dtype: str) -> dict[str, Any]:
     """Two steps of one case."""
     config = training_config(
+        model__layers=2,
         train__precision="bf16",
         train__global_batch_samples=32,
         train__micro_batch_samples=16 // accumulation,

@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks of this machine, each in a Python process of its own.
 
-Importing megatron-core and DeepSpeed takes seconds, so one process imports them once and every rank is a fork of it, as
-fresh as that. Where there is CUDA, which no fork of a process that has looked for it can use, every rank is spawned.
+Importing megatron-core and DeepSpeed takes seconds, so every rank is a fork of a process that has imported them; where
+there is CUDA it is spawned.
 """
 
 import os
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-# imported before the first rank is forked: names of what every rank needs, none of which starts a thread
-_PRELOADED = ["maha_megatron.train.loop", "tests.support.training"]
+from tests.support.forks import HAS_FORKS, fork_context
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -31,8 +30,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     from maha_megatron.parallel.compat import free_port  # here, so that the ranks import no more than they need
 
-    start_method = "spawn" if torch.cuda.is_available() else "forkserver"
-    mp.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    start_method = fork_context().get_start_method() if HAS_FORKS else "spawn"
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
             _rank_main,
