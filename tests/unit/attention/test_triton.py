@@ -48,7 +48,7 @@ FUSED = [
     ("no LSE", {"lse_utility": False}, True),
     ("quadratic", {"regularizer": "quadratic"}, False),
     ("quadratic, no LSE", {"regularizer": "quadratic", "lse_utility": False}, False),
-    ("gram", {"coupling": "gram"}, False),
+    ("gram", {"coupling": "gram"}, True),
     ("gram, quadratic", {"coupling": "gram", "regularizer": "quadratic"}, False),
     ("nash", {"aggregation": "nash"}, False),
     ("nash, gram", GAME, True),
@@ -71,10 +71,7 @@ CASES = [
         for name, options, often in FUSED
     ),
     pytest.param(
-        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), **GAME)),
-        1,
-        marks=full,
-        id="ratio 3, a game",
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), **GAME)), 1, id="ratio 3, a game"
     ),
     pytest.param(
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1), **GAME)),
