@@ -105,7 +105,7 @@ def test_killed_and_resumed_equals_straight_bitwise(config: Path, tmp_path: Path
     assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("python", 1), ("deepspeed", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [pytest.param("python", 1, marks=pytest.mark.full), ("deepspeed", 2)])
 def test_sigterm_saves_and_exits_with_75(kind: str, ranks: int, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(config, "train.steps=2000", kind=kind, ranks=ranks) as process:
@@ -180,9 +180,14 @@ def test_another_data_order_is_refused(trained: tuple[Path, Path, str]) -> None:
     assert "start a new run.folder" in output
 
 
-def test_missing_data_is_said_once_by_many_ranks(config: Path) -> None:
-    code, output = pretrain(config, "data.train=[{prefix: nowhere}]", kind="deepspeed", ranks=2)
-    assert code == 2, output
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_missing_data_is_said_once_by_many_ranks(ranks: int, config: Path) -> None:
+    setting = "data.train=[{prefix: nowhere}]"
+    if ranks == 1:
+        output = forked_pretrain(config, setting, expected=2)
+    else:
+        code, output = pretrain(config, setting, kind="deepspeed", ranks=ranks)
+        assert code == 2, output
     assert output.count("error: ") == 1
     assert "nowhere" in output
     assert "Traceback" not in output

@@ -87,7 +87,7 @@ def test_eager_in_many_blocks_equals_the_reference(monkeypatch, options):
     ("dtype", "name"),
     everyday(
         itertools.product((torch.float32, torch.bfloat16), OPTIONS),
-        lambda dtype, name: dtype == torch.bfloat16 or name in EVERY_SHAPE,
+        lambda dtype, name: name in EVERY_SHAPE or (dtype == torch.bfloat16 and "key map" not in name),
     ),
     ids=str,
 )
