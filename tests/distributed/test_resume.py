@@ -1,6 +1,8 @@
 """A run that saves, dies and resumes goes on bitwise; what cannot be saved or trained stops on all ranks at once."""
 
 import builtins
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from maha_megatron.train.engine import Engine
 from maha_megatron.train.guards import StepPlace
 from maha_megatron.train.state import RunState, save, start_or_resume
 from tests.support.distributed import run_ranks
+from tests.support.everyday import everyday
 from tests.support.one_rank import one_rank  # noqa: F401 (a fixture)
 from tests.support.training import engine_for, micro_batches, start_groups, training_config
 
 WORLD, KILLED, LAST = 2, 7, 10
-ADAMW = {"optimizer__name": "adamw", "optimizer__clip_norm": 0.5, "train__micro_batch_samples": 2}
+ADAMW = {"model__layers": 2, "optimizer__name": "adamw", "optimizer__clip_norm": 0.5, "train__micro_batch_samples": 2}
 BF16 = {**ADAMW, "train__precision": "bf16"}
-DATA_CASES = {
+CASES = {
     "ZeRO 0": {**ADAMW, "zero__stage": 0},
     "ZeRO 1": {**ADAMW, "zero__stage": 1},
     "ZeRO 2": {**ADAMW, "zero__stage": 2},
@@ -33,11 +36,10 @@ DATA_CASES = {
     "bf16, ZeRO 1": {**BF16, "zero__stage": 1},
     "bf16, ZeRO 2": {**BF16, "zero__stage": 2},
     "bf16, ZeRO 3": {**BF16, "zero__stage": 3},
-}
-TENSOR_CASES = {
     "TP 2 + SP, ZeRO 1": {**ADAMW, "zero__stage": 1, "parallel__tensor": 2, "parallel__sequence": True},
 }
-CASES = (*DATA_CASES, *TENSOR_CASES)
+EVERYDAY = ("ZeRO 0", "ZeRO 1", "bf16, ZeRO 2", "ZeRO 3", "TP 2 + SP, ZeRO 1")
+cases = pytest.mark.parametrize("case", everyday(CASES, lambda case: case in EVERYDAY))
 
 
 def steps(engine: Engine, config: Config, state: RunState, last: int, *, rate: float = 1e-3) -> tuple[RunState, list]:
@@ -113,12 +115,10 @@ def fails_together(config: Config, rank: int) -> dict[str, Any]:
     return {"disk": said, "left": left, "nan": nan, "weights as before": same}
 
 
-def run_cases(rank: int, cases: dict[str, dict[str, Any]], folder: str) -> dict[str, Any]:
-    start_groups(training_config(**next(iter(cases.values()))))
-    seen = {}
-    for name, changes in cases.items():
-        seen[name] = straight_and_resumed(training_config(**changes, run__folder=f"{folder}/{name}"))
-        seen[name]["fails"] = fails_together(training_config(**changes, run__folder=f"{folder}/{name} fails"), rank)
+def run_case(rank: int, case: str, folder: str) -> dict[str, Any]:
+    start_groups(training_config(**CASES[case]))
+    seen = straight_and_resumed(training_config(**CASES[case], run__folder=f"{folder}/{case}"))
+    seen["fails"] = fails_together(training_config(**CASES[case], run__folder=f"{folder}/{case} fails"), rank)
     return seen
 
 
@@ -128,26 +128,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What both ranks saw of every case."""
-    data = run_ranks(run_cases, WORLD, DATA_CASES, str(folder), timeout_s=400)
-    tensor = run_ranks(run_cases, WORLD, TENSOR_CASES, str(folder), timeout_s=200)
-    return [one | other for one, other in zip(data, tensor, strict=True)]
+def ranks_of(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """What both ranks saw of a case, which runs when it is first asked for."""
+
+    @functools.cache
+    def of(case: str) -> list[dict[str, Any]]:
+        return run_ranks(run_case, WORLD, case, str(folder), timeout_s=200)
+
+    return of
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture
+def ranks(case: str, ranks_of: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return ranks_of(case)
+
+
+@cases
 def test_resumed_equals_straight_bitwise(case: str, ranks: list[dict[str, Any]]) -> None:
-    seen = ranks[0][case]
+    seen = ranks[0]
     assert seen["resumed losses"] == seen["losses"][KILLED:]
     assert seen["masters"].keys() == seen["resumed masters"].keys()
     for name, master in seen["masters"].items():
         assert torch.equal(seen["resumed masters"][name], master), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_weights_file_is_whole_whatever_the_topology(case: str, ranks: list[dict[str, Any]], folder: Path) -> None:
     stored = load_file(folder / case / "checkpoints" / "step_00000007" / layout.WEIGHTS)
-    weights = ranks[0][case]["weights at 7"]
+    weights = ranks[0]["weights at 7"]
     assert stored.keys() == weights.keys()
     for name, weight in weights.items():
         assert stored[name].dtype == weight.dtype
@@ -158,8 +166,7 @@ def test_weights_file_is_whole_whatever_the_topology(case: str, ranks: list[dict
 @pytest.mark.parametrize("case", ["ZeRO 3", "TP 2 + SP, ZeRO 1"])
 def test_one_process_reads_the_weights(case: str, ranks: list[dict[str, Any]], folder: Path) -> None:
     """The loss of step 8, before its update, is that of the weights of step 7 in an unsharded model."""
-    changes = {**DATA_CASES, **TENSOR_CASES}[case]
-    alone = training_config(**{**changes, "parallel__tensor": 1, "parallel__sequence": False})
+    alone = training_config(**{**CASES[case], "parallel__tensor": 1, "parallel__sequence": False})
     model = build_gpt(alone, device="cpu")
     load_weights(folder / case / "checkpoints" / "step_00000007", model)
     total, count = 0.0, 0
@@ -167,23 +174,23 @@ def test_one_process_reads_the_weights(case: str, ranks: list[dict[str, Any]], f
         bounds = document_bounds(batch.document_start_t, "cpu")
         total += float(model(batch.input_ids_t, batch.labels_t, batch.loss_mask_t, bounds=bounds))
         count += batch.unmasked
-    assert total / count == pytest.approx(ranks[0][case]["losses"][KILLED], rel=1e-5)
+    assert total / count == pytest.approx(ranks[0]["losses"][KILLED], rel=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_a_disk_that_is_full_on_one_rank_fails_on_all(case: str, ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank[case]["fails"] for rank in ranks)
+    first, second = (rank["fails"] for rank in ranks)
     assert first["disk"] == second["disk"]
     assert "step 6 was not saved" in first["disk"]
     assert "is full" in first["disk"]
     assert first["left"] == ["latest", "step_00000005"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(
     case: str, ranks: list[dict[str, Any]]
 ) -> None:
-    assert ranks[0][case]["fails"]["weights as before"]
-    for seen in (rank[case]["fails"] for rank in ranks):
+    assert ranks[0]["fails"]["weights as before"]
+    for seen in (rank["fails"] for rank in ranks):
         assert "gradient norm of step 7" in seen["nan"]
         assert "samples 40 to 47" in seen["nan"]

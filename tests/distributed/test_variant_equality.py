@@ -20,7 +20,7 @@ TOPOLOGIES = {
 
 def observations(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
     start_groups(training_config(**changes))
-    configs = {name: training_config(**variant, **changes) for name, variant in VARIANTS.items()}
+    configs = {name: training_config(model__layers=2, **variant, **changes) for name, variant in VARIANTS.items()}
     seen = {name: observe(config, world_size, rate=0.05, steps=3) for name, config in configs.items()}
     return seen if rank == 0 else {}
 

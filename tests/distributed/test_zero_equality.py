@@ -4,6 +4,8 @@ All learned parameters are random (many start inert, and equality of nothing pro
 SGD without clipping: AdamW, which forgives a wrong scale of the gradient, only last.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.support.compiler import HAS_COMPILER
 from tests.support.distributed import run_ranks
 from tests.support.training import observe, start_groups, training_config
 
+LAYERS = 2  # one of MAHA, one dense
 SGD_RATE, ADAMW_RATE = 0.05, 1e-3
 ADAMW = {"optimizer__name": "adamw", "optimizer__clip_norm": 0.5}
 MASKS = ("random", "first half")
@@ -55,56 +58,68 @@ MESH_CASES = {
     }
     for stage in (1, 3)
 }
+EVERYDAY = (
+    *(f"ZeRO {stage}, accumulation {steps}" for stage in (1, 2, 3) for steps in (1, 4)),
+    "ZeRO 0, accumulation 1",
+    "TP 2",
+    "TP 2 + SP",
+    "TP 2 + SP, ZeRO 3",
+    "TP 2 + SP, ZeRO 1, compiled, recomputed",
+)
 # the batch whose unmasked tokens all sit on rank 0: where a mean of means, or a count of one's own, shows
 ONE_SIDED = ("ZeRO 0, accumulation 1", "ZeRO 1, accumulation 4", "ZeRO 2, accumulation 1", "ZeRO 3, accumulation 4")
 
 
-def observations(rank: int, world_size: int, cases: dict[str, dict[str, Any]], one_sided: tuple[str, ...]) -> dict:
-    """Runs of every case on this process's ranks: (case, what) -> observe()'s dictionary, on rank 0."""
-    start_groups(training_config(**next(iter(cases.values()))))
-    seen = {}
-    for name, changes in cases.items():
-        sgd, adamw = training_config(**changes), training_config(**changes, **ADAMW)
-        seen[f"{name} / sgd"] = observe(sgd, world_size, rate=SGD_RATE)
-        seen[f"{name} / adamw"] = observe(adamw, world_size, rate=ADAMW_RATE)
-        if name in one_sided:
-            seen[f"{name} / one-sided"] = observe(sgd, world_size, rate=SGD_RATE, mask="first half")
+def observations(rank: int, world_size: int, changes: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Runs of one case on this process's ranks: what -> observe()'s dictionary, on rank 0."""
+    changes = {"model__layers": LAYERS, **changes}
+    sgd, adamw = training_config(**changes), training_config(**changes, **ADAMW)
+    start_groups(sgd)
+    runs = {
+        "sgd": functools.partial(observe, sgd, rate=SGD_RATE),
+        "adamw": functools.partial(observe, adamw, rate=ADAMW_RATE),
+        "one-sided": functools.partial(observe, sgd, rate=SGD_RATE, mask="first half"),
+    }
+    seen = {kind: runs[kind](world_size=world_size) for kind in kinds}
     return seen if rank == 0 else {}
+
+
+def kinds_of(name: str) -> tuple[str, ...]:
+    return ("sgd", "adamw", "one-sided") if name in (*ONE_SIDED, *MESH_CASES) else ("sgd", "adamw")
 
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Any]:
-    runs = run_ranks(observations, 1, 1, {"one": {}}, ("one",), timeout_s=300)[0]
-    return {key.removeprefix("one / "): run for key, run in runs.items()}
+    return run_ranks(observations, 1, 1, {}, ("sgd", "adamw", "one-sided"), timeout_s=300)[0]
 
 
 @pytest.fixture(scope="module")
-def two_processes() -> dict[str, Any]:
-    data = run_ranks(observations, 2, 2, DATA_CASES, ONE_SIDED, timeout_s=500)[0]
-    return data | run_ranks(observations, 2, 2, TENSOR_CASES, (), timeout_s=500)[0]
+def several_processes() -> Callable[[str], dict[str, Any]]:
+    """Runs of a case by its name, made when they are first asked for."""
+
+    @functools.cache
+    def runs_of(name: str) -> dict[str, Any]:
+        changes, ranks = (DATA_CASES | TENSOR_CASES | MESH_CASES)[name], 4 if name in MESH_CASES else 2
+        return run_ranks(observations, ranks, ranks, changes, kinds_of(name), timeout_s=500)[0]
+
+    return runs_of
 
 
-@pytest.fixture(scope="module")
-def four_processes() -> dict[str, Any]:
-    return run_ranks(observations, 4, 4, MESH_CASES, tuple(MESH_CASES), timeout_s=500)[0]
-
-
-CASES = [("two_processes", f"{name} / {kind}") for name in (*DATA_CASES, *TENSOR_CASES) for kind in ("sgd", "adamw")]
-CASES += [("two_processes", f"{name} / one-sided") for name in ONE_SIDED]
-CASES += [("four_processes", f"{name} / {kind}") for name in MESH_CASES for kind in ("sgd", "adamw", "one-sided")]
+CASES = [(name, kind) for name in (*DATA_CASES, *TENSOR_CASES, *MESH_CASES) for kind in kinds_of(name)]
 
 
 @pytest.fixture
-def runs(request: pytest.FixtureRequest, one_process: dict[str, Any]) -> tuple[dict, dict]:
+def runs(request: pytest.FixtureRequest, one_process: dict[str, Any], several_processes: Callable) -> tuple[dict, dict]:
     """The same steps of one process and of several."""
-    processes, case = request.param
-    return one_process[case.rpartition(" / ")[2]], request.getfixturevalue(processes)[case]
+    name, kind = request.param
+    return one_process[kind], several_processes(name)[kind]
 
 
 def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Four processes are for the longer run."""
-    marks = {"two_processes": (), "four_processes": pytest.mark.full}
-    parameters = [pytest.param(case, marks=marks[case[0]], id=case[1]) for case in cases]
+    """Four processes, and what stands between two everyday cases, are for the longer run."""
+    parameters = [
+        pytest.param(case, marks=() if case[0] in EVERYDAY else pytest.mark.full, id=" / ".join(case)) for case in cases
+    ]
     return pytest.mark.parametrize("runs", parameters, indirect=True)
 
 
@@ -120,7 +135,7 @@ def test_first_gradients_and_their_norm(runs: tuple[dict, dict]) -> None:
     assert one["norm"] == pytest.approx(float(whole), rel=1e-5)
 
 
-@over([case for case in CASES if not case[1].endswith("adamw")])
+@over([case for case in CASES if case[1] != "adamw"])
 def test_weights_after_sgd(runs: tuple[dict, dict]) -> None:
     one, several = runs
     for name, after in one["after"].items():

@@ -9,6 +9,8 @@ from maha_megatron.train.metrics import METRICS, read_rows
 from tests.support.runs import (
     ROOT,
     corpus,  # noqa: F401 (a fixture)
+    forked,
+    forked_pretrain,
     pretrain,
     tool,
     write_config,
@@ -53,8 +55,8 @@ def test_a_program_trains_and_samples_where_the_command_line_allows_it(config: P
     assert "warning" not in output
     (tmp_path / "note").unlink()
     command = ("tools/generate.py", "--run", tmp_path / "run", "--prompt", "def", "--tokens", 2)
-    assert f"{NAME} is code that would run here" in tool(*command, expected=2)
-    assert "is not what maha.program names" in tool(*command, "--allow-program", "other:build", expected=2)
+    assert f"{NAME} is code that would run here" in forked(*command, expected=2)
+    assert "is not what maha.program names" in forked(*command, "--allow-program", "other:build", expected=2)
     assert not (tmp_path / "note").exists(), "a checkpoint alone made it run"
     assert tool(*command, "--allow-program", NAME).startswith("def")
 
@@ -73,20 +75,20 @@ def test_without_permission_nothing_is_imported(kind: str, ranks: int, config: P
 
 def test_looking_at_a_configuration_needs_no_permission_and_runs_nothing(config: Path, tmp_path: Path) -> None:
     assert f"program: '{NAME}'" in tool("launch/pretrain.py", "--config", config, "--print-config")
-    assert "parameters" in tool("launch/pretrain.py", "--config", config, "--dry-run")
+    assert "parameters" in forked("launch/pretrain.py", "--config", config, "--dry-run")
     assert not (tmp_path / "note").exists()
 
 
 @pytest.mark.parametrize("look", ["--print-config", "--dry-run"])
 def test_a_permission_without_effect_is_refused_where_nothing_runs_too(look: str, config: Path, tmp_path: Path) -> None:
     command = ("launch/pretrain.py", look, "--config")
-    output = tool(*command, ROOT / "configs/model/maha.yaml", "--allow-program", "nowhere:build", expected=2)
+    output = forked(*command, ROOT / "configs/model/maha.yaml", "--allow-program", "nowhere:build", expected=2)
     assert output.strip() == (
         "error: --allow-program nowhere:build: no effect, since no layer has maha.aggregation: program; remove it"
     )
-    output = tool(*command, config, "--allow-program", "nowhere:build", expected=2)
+    output = forked(*command, config, "--allow-program", "nowhere:build", expected=2)
     assert "is not what maha.program names" in output
-    tool(*command, config, "--allow-program", NAME)
+    forked(*command, config, "--allow-program", NAME)
     assert not (tmp_path / "note").exists()
 
 
@@ -107,8 +109,7 @@ def test_a_program_without_a_solution_ends_the_run_in_one_line(config: Path, tmp
     (tmp_path / "my_program.py").write_text(
         "from tests.support.stated_programs import bounded_above as build\n"  # the first utility is 2 at most
     )
-    code, output = run(config)
-    assert code == 2, output
+    output = forked_pretrain(config, extra=("--allow-program", NAME), expected=2)
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "error: layer 0, head " in line
     assert "of its document (row " in line

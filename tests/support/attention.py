@@ -65,6 +65,13 @@ def every_aggregation() -> list[dict[str, object]]:
     return [{"queries": queries} | options for queries in ("full", "pooled") for options in fused]
 
 
+def is_path_of_its_own(options: dict[str, object]) -> bool:
+    """Every program with full queries; with pooled ones the game: utilities without LSE are those without a term."""
+    if options["queries"] == "pooled":
+        return options["aggregation"] == "nash" and options["coupling"] == "gram" and options["lse_utility"]
+    return options.get("lse_utility", True)
+
+
 def start_rows(lengths: Sequence[int]) -> torch.Tensor:
     """document_start_t of documents with these lengths."""
     starts = [0, *itertools.accumulate(lengths)]

@@ -1,4 +1,8 @@
-"""Run a function on several gloo ranks of this machine, each in a fresh Python process."""
+"""Run a function on several gloo ranks of this machine, each in a Python process of its own.
+
+Importing megatron-core and DeepSpeed takes seconds, so every rank is a fork of a process that has imported them; where
+there is CUDA it is spawned.
+"""
 
 import os
 import tempfile
@@ -9,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.support.forks import HAS_FORKS, fork_context
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -24,13 +30,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     from maha_megatron.parallel.compat import free_port  # here, so that the ranks import no more than they need
 
+    start_method = fork_context().get_start_method() if HAS_FORKS else "spawn"
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
             _rank_main,
             args=(function, world_size, free_port(), folder, args),
             nprocs=world_size,
             join=False,
-            start_method="spawn",
+            start_method=start_method,
         )
         deadline = time.monotonic() + timeout_s
         try:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ import pytest
 
 from maha_megatron.parallel.compat import free_port
 from maha_megatron.train.metrics import METRICS, read_rows
+from tests.support.forks import HAS_FORKS, run_forked
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
@@ -28,9 +30,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in sorted((ROOT / "maha_megatron").rglob("*.py")):
             file.write(json.dumps({"text": path.read_text(encoding="utf-8")}) + "\n")
     text, tokenizer = folder / "text.jsonl", folder / "tokenizer.model"
-    tool("data_prep/train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocabulary", 512)
+    forked("data_prep/train_tokenizer.py", "--input", text, "--output", tokenizer, "--vocabulary", 512)
     prefix = folder / "text"
-    tool(
+    forked(
         *("data_prep/preprocess.py", "--input", text, "--output-prefix", prefix),
         *("--tokenizer-model", tokenizer, "--append-eod", "--workers", 1),
     )
@@ -83,8 +85,7 @@ def started(
     for override in overrides:
         words += ["--set", override]
     words += extra
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(words, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
     finally:
@@ -145,7 +146,7 @@ def tool(script: str, *arguments: object, expected: int = 0) -> str:
     """Run one of the project's command lines; its output."""
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()},
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -153,3 +154,25 @@ def tool(script: str, *arguments: object, expected: int = 0) -> str:
     )
     assert done.returncode == expected, f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def forked(script: str, *arguments: object, expected: int = 0) -> str:
+    """As `tool`, without the seconds in which Python imports megatron-core and DeepSpeed: for what comes after them."""
+    if not HAS_FORKS:
+        return tool(script, *arguments, expected=expected)
+    words = [str(ROOT / script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        code = run_forked(words, _environment(), Path(folder) / "output", TIMEOUT_S)
+        output = (Path(folder) / "output").read_text(encoding="utf-8")
+    assert code == expected, f"{script} ended with {code}:\n{output}"
+    return output
+
+
+def forked_pretrain(config: Path, *overrides: str, extra: Sequence[str] = (), expected: int = 0) -> str:
+    """Pretraining of one process by `forked`."""
+    words = [word for override in overrides for word in ("--set", override)]
+    return forked("launch/pretrain.py", "--config", config, *words, *extra, expected=expected)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}

@@ -10,11 +10,25 @@ from maha_megatron.attention.aggregation.solvers import gram_matrix
 from maha_megatron.attention.scale_attention import eager_pooled
 from maha_megatron.attention.slots import visible_slots
 from maha_megatron.attention.spec import MahaSpec
-from tests.support.attention import FAST_BACKENDS, Case, attend, every_aggregation, leaves, start_rows
+from tests.support.attention import (
+    FAST_BACKENDS,
+    Case,
+    attend,
+    every_aggregation,
+    is_path_of_its_own,
+    leaves,
+    start_rows,
+)
+from tests.support.everyday import everyday
 from tests.unit.attention.test_causality import check_changed_tokens, check_infeasible_scales, check_jacobian
 
 OPTIONS = pytest.mark.parametrize(
     "options", every_aggregation(), ids=lambda options: "-".join(map(str, options.values()))
+)
+MAIN_OPTIONS = pytest.mark.parametrize(
+    "options",
+    everyday(every_aggregation(), is_path_of_its_own),
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 PYRAMIDS = pytest.mark.parametrize(
     "options",
@@ -37,7 +51,7 @@ def is_sparse(options: dict) -> bool:
     return options.get("regularizer") == "quadratic"
 
 
-@OPTIONS
+@MAIN_OPTIONS
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_no_row_reads_a_later_row_or_another_document(backend, options):
     check_jacobian(a_case(options), backend, sparse=is_sparse(options))
@@ -87,7 +101,7 @@ def huge_values() -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: 1e4 * (2 * torch.rand(x.shape, generator=generator) - 1)
 
 
-@OPTIONS
+@MAIN_OPTIONS
 def test_naive_survives_not_a_number_in_the_future_and_in_other_documents(options):
     check_poisoned(a_case(options), "naive", not_a_number)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from maha_megatron.attention.slots import visible_slots
 from maha_megatron.attention.spec import DenseSpec, MahaSpec
 from maha_megatron.scales import stride
 from tests.support.attention import FAST_BACKENDS, Case, assert_close, attend, leaves, results, start_rows
+from tests.support.everyday import everyday
 
 SPECS = {
     "lse": MahaSpec(ratio=4, windows=(6, 5, 12)),
@@ -27,6 +29,13 @@ SPECS = {
     "dense": DenseSpec(),
 }
 LENGTHS = {"one document": (150,), "packed": (37, 1, 66, 9, 37)}
+
+
+ALONE = ("lse", "ratio 3", "dense")  # one long document every day; packed ones with every operator
+specs_and_lengths = pytest.mark.parametrize(
+    ("spec", "lengths"),
+    everyday(itertools.product(SPECS, LENGTHS), lambda spec, lengths: lengths == "packed" or spec in ALONE),
+)
 
 
 def a_case(spec: str, lengths: str) -> Case:
@@ -106,18 +115,17 @@ def _look_at_scale(attend_scale, looked, chunk, scale):
     return output, lse
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("spec", SPECS)
+@specs_and_lengths
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_no_row_reads_a_later_row_or_another_document(backend, spec, lengths):
     check_jacobian(a_case(spec, lengths), backend)
 
 
-@pytest.mark.parametrize("lengths", [(200,), (61, 70, 5, 64)], ids=["one document", "packed"])
-@pytest.mark.parametrize("spec", SPECS)
+@specs_and_lengths
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(backend, spec, lengths):
     """Every token of two whole tiles, and of the block borders of every scale among them, up to the end."""
+    lengths = {"one document": (200,), "packed": (61, 70, 5, 64)}[lengths]
     check_changed_tokens(Case(lengths=lengths, n=2, g=1, d=8, spec=SPECS[spec]), backend, list(range(60, 200)))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,22 +24,21 @@ SPILLED_BYTES = {
 }
 
 
-def compiled(capability: int, width: int, dtype: str) -> dict[str, dict[str, int]]:
-    """What the compiler made of every kernel, in a process of its own: this one may interpret kernels instead."""
+# what is compiled every day, both at once; the game of 8 scales alone takes longer than all that
+EVERYDAY = {80: "first", 90: "of four scales"}
+
+
+def compiled(capability: int, width: int, dtype: str, which: str = "all") -> dict[str, dict[str, int]]:
+    """What the compiler made of the kernels, in a process of its own: this one may interpret kernels instead."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.kernels", str(capability), str(width), dtype]
+    command = [sys.executable, "-m", "tests.support.kernels", str(capability), str(width), dtype, which]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.full)])
-@pytest.mark.parametrize("width", [*(pytest.param(narrow, marks=pytest.mark.full) for narrow in (32, 64)), 128])
-@pytest.mark.parametrize(
-    "capability", [pytest.param(80, marks=pytest.mark.full), pytest.param(89, marks=pytest.mark.full), 90]
-)
-def test_every_kernel_compiles_within_the_card(capability, width, dtype):
-    found = compiled(capability, width, dtype)
+def check(found: dict[str, dict[str, int]], capability: int, width: int, dtype: str) -> None:
+    """Shared memory of every kernel, and on Hopper what it spills."""
     assert {
         name: one["shared_bytes"] for name, one in found.items() if one["shared_bytes"] > SHARED_BYTES[capability]
     } == {}
@@ -46,3 +46,28 @@ def test_every_kernel_compiles_within_the_card(capability, width, dtype):
         most = SPILLED_BYTES if width == 128 else {}
         spilled = {name: one["spilled_bytes"] for name, one in found.items()}
         assert {name: number for name, number in spilled.items() if number > most.get(name, 0)} == {}
+
+
+@pytest.fixture(scope="module")
+def everyday() -> dict[int, dict[str, dict[str, int]]]:
+    with ThreadPoolExecutor() as pool:
+        running = {
+            capability: pool.submit(compiled, capability, 128, "bfloat16", which)
+            for capability, which in EVERYDAY.items()
+        }
+    return {capability: found.result() for capability, found in running.items()}
+
+
+@pytest.mark.parametrize("capability", EVERYDAY)
+def test_kernels_compile_within_the_card(capability, everyday):
+    """Every kernel for Ampere, and for Hopper every use that the table knows."""
+    assert len(everyday[capability]) >= 20
+    check(everyday[capability], capability, 128, "bfloat16")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_every_kernel_compiles_within_the_card(capability, width, dtype):
+    check(compiled(capability, width, dtype), capability, width, dtype)

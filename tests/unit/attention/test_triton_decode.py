@@ -15,6 +15,7 @@ from maha_megatron.attention.decode import triton
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
 from tests.support.attention import Case, leaves, parameter_specs
+from tests.support.everyday import everyday
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 full = pytest.mark.full
@@ -103,29 +104,31 @@ def check(case: Case, state: MahaState, rows: int, seed: int, new_documents=(), 
     return found.state.to("cpu")
 
 
-SPECS = [
-    pytest.param(a_case(n=4, g=2), id="default"),
-    pytest.param(a_case(MahaSpec(ratio=3, windows=(7, 4, 3, 2), convolution=False), n=3, d=64), id="ratio 3"),
-    pytest.param(a_case(MahaSpec(ratio=2, windows=(9,)), d=128), id="one scale"),
-    pytest.param(a_case(MahaSpec(ratio=5, windows=(4, 4, 1), downsampling="conv")), id="least windows, conv"),
-    pytest.param(
-        a_case(MahaSpec(ratio=2, windows=(5, 4, 3, 3, 4, 2, 1, 1), downsampling="max"), n=1), marks=full, id="8 scales"
-    ),
-    pytest.param(a_case(MahaSpec(ratio=4, windows=(70, 40), downsampling="mean")), id="tiles of entries, mean"),
-]
+SPECS = {
+    "default": a_case(n=4, g=2),
+    "ratio 3": a_case(MahaSpec(ratio=3, windows=(7, 4, 3, 2), convolution=False), n=3, d=64),
+    "one scale": a_case(MahaSpec(ratio=2, windows=(9,)), d=128),
+    "least windows, conv": a_case(MahaSpec(ratio=5, windows=(4, 4, 1), downsampling="conv")),
+    "8 scales": a_case(MahaSpec(ratio=2, windows=(5, 4, 3, 3, 4, 2, 1, 1), downsampling="max"), n=1),
+    "tiles of entries, mean": a_case(MahaSpec(ratio=4, windows=(70, 40), downsampling="mean")),
+}
+ONE_BY_ONE = everyday(SPECS, lambda name: name in ("default", "ratio 3", "tiles of entries, mean"))
+AT_ONCE = everyday(SPECS, lambda name: name in ("default", "one scale", "least windows, conv"))
 
 
-@pytest.mark.parametrize("case", SPECS)
-def test_tokens_one_by_one(case, counted_steps):
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_tokens_one_by_one(name, counted_steps):
     """The first completes a block of every scale in one stream, begins a document in another."""
+    case = SPECS[name]
     state = streams_of(case, (2 * case.spec.ratio ** (case.spec.scales - 1) - 1, 0, 5))
     for token in range(3):
         state = check(case, state, 1, 100 + token)
     assert counted_steps == [1] * 3
 
 
-@pytest.mark.parametrize("case", SPECS)
-def test_a_few_tokens_at_once_in_documents_that_start_anywhere(case, counted_steps):
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_few_tokens_at_once_in_documents_that_start_anywhere(name, counted_steps):
+    case = SPECS[name]
     state = streams_of(case, rewind_rows=5)
     state = check(case, state, 16, 200, [(3, 4, 11), (), (15,)])
     check(case, state, 3, 201, [(), (0,), ()])

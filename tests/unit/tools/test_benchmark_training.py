@@ -8,7 +8,7 @@ import pytest
 
 from maha_megatron.train import apart, llama_peer, step_profile, trials
 from maha_megatron.train.step_profile import StepProfile
-from tests.support.runs import ROOT, tool
+from tests.support.runs import ROOT, forked
 
 SCRIPT = "tools/benchmark_training.py"
 SMALL = ("--size", "10m", "--cluster", "cpu", "--steps", "5")
@@ -90,13 +90,13 @@ def test_one_that_does_not_is_named_and_ends_with_1(benchmark, second, verdicts)
 
 
 def test_what_cannot_run_is_one_line_and_ends_with_2(tmp_path):
-    output = tool(SCRIPT, "--models", "nosuch", *SMALL, "--folder", tmp_path, "--results", tmp_path, expected=2)
+    output = forked(SCRIPT, "--models", "nosuch", *SMALL, "--folder", tmp_path, "--results", tmp_path, expected=2)
     assert "there is no fragment 'model/nosuch'" in output
     assert "Traceback" not in output
 
 
 def test_the_help_says_what_is_judged():
-    printed = tool(SCRIPT, "--help")
+    printed = forked(SCRIPT, "--help")
     assert "MISSED" in printed
     assert "exit codes:" in printed
 

@@ -13,7 +13,7 @@ from maha_megatron.data.indexed import IndexedDatasetBuilder
 from maha_megatron.data.loader import build_loader
 from tests.support.corpora import sentencepiece_model
 from tests.support.pairs import END, random_documents
-from tests.support.runs import ROOT, import_path, tool
+from tests.support.runs import ROOT, forked, import_path, tool
 
 
 def write_pair(prefix: Path, documents: list[list[int]]) -> None:
@@ -60,7 +60,7 @@ def test_indexes_built_ahead_are_those_that_a_run_reads(config: Path, monkeypatc
 
 
 def test_people_read_a_table(config: Path) -> None:
-    shown = tool("tools/data.py", "index", "--config", config, "--set", "data.packing=best_fit")
+    shown = forked("tools/data.py", "index", "--config", config, "--set", "data.packing=best_fit")
     assert "asked, drawn, epochs" in shown
     assert "large: 68600" in shown
 

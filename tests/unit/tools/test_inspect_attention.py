@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.model import tiny_config
-from tests.support.runs import ROOT, corpus, tool  # noqa: F401 (corpus: a fixture)
+from tests.support.runs import ROOT, corpus, forked, tool  # noqa: F401 (corpus: a fixture)
 from tests.support.untrained import write_untrained_run
 
 SCRIPT = "tools/inspect_attention.py"
@@ -138,7 +138,7 @@ def test_every_picture_has_its_data(game, text, tmp_path):
 
 def test_a_closed_form_says_so_and_a_step_may_be_named(corpus, text, tmp_path):  # noqa: F811
     checkpoint = write_untrained_run(configuration(corpus), tmp_path)
-    output = tool(SCRIPT, "--checkpoint", checkpoint, "--text", text, "--tokens", 20)
+    output = forked(SCRIPT, "--checkpoint", checkpoint, "--text", text, "--tokens", 20)
     assert "solver closed form" in output
     folder = tmp_path / "attention" / checkpoint.name
     assert not (folder / "solver.png").exists()
@@ -148,7 +148,7 @@ def test_a_closed_form_says_so_and_a_step_may_be_named(corpus, text, tmp_path): 
 
 def test_nothing_to_look_at(corpus, text, tmp_path):  # noqa: F811
     write_untrained_run(configuration(corpus, model__attention=("dense",)), tmp_path / "dense")
-    output = tool(SCRIPT, "--checkpoint", tmp_path / "dense", "--text", text, expected=2)
+    output = forked(SCRIPT, "--checkpoint", tmp_path / "dense", "--text", text, expected=2)
     assert "no layer of this model is a MAHA layer" in output
 
 
@@ -167,6 +167,6 @@ def test_short_texts_and_wrong_paths(game, text, tmp_path):
         (("--checkpoint", game, "--text", text, "--tokens", 0), "--tokens needs at least 1"),
         (("--checkpoint", game, "--text", text, "--allow-program", "a:b"), "--allow-program a:b: no effect"),
     ):
-        output = tool(SCRIPT, *arguments, expected=2)
+        output = forked(SCRIPT, *arguments, expected=2)
         assert message in output
         assert "Traceback" not in output
