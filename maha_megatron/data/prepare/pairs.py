@@ -60,14 +60,13 @@ def merge_pairs(
         The manifest; None where an input has none, since then nobody knows the tokenizer.
 
     Raises:
-        DataError: A pair is damaged or of another dtype or tokenizer, or the output cannot be written.
+        DataError: A pair is damaged or of another dtype or tokenizer, or the output is an input or cannot be written.
     """
     parts = []
     for prefix in prefixes:
         index = read_index(prefix)
         parts.append(_Part(prefix, index, 0, len(index.documents) - 1))
-        if Path(output).resolve() == Path(prefix).resolve():
-            raise DataError(f"{output} is an input of the merge too: write to another name")
+    _refuse_inputs(prefixes, [output])
     manifests = [read_manifest(prefix) for prefix in prefixes]
     _check_of_one_kind(parts, manifests)
     known = all(manifests)
@@ -109,9 +108,10 @@ def split_pair(
         advance: As in merge_pairs.
 
     Raises:
-        DataError: The pair is damaged, or an output cannot be written.
+        DataError: The pair is damaged, or an output is the pair itself or cannot be written.
     """
     index, manifest, first = read_index(prefix), read_manifest(prefix), 0
+    _refuse_inputs([prefix], [output for output, _ in outputs])
     for output, documents in outputs:
         part = _Part(prefix, index, first, first + documents)
         sums = TokenSums(manifest.vocabulary if manifest else 0)
@@ -145,6 +145,18 @@ def _describe(output: Path, sums: TokenSums, manifest: Manifest) -> Manifest:
     )
     write_manifest(output, manifest)
     return manifest
+
+
+def _refuse_inputs(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Refuse outputs whose files are an input's, under whatever name: they would be overwritten while read."""
+    read = {path for prefix in inputs for path in _files(prefix)}
+    for output in outputs:
+        if read & _files(output):
+            raise DataError(f"{output} is an input too: write to another name")
+
+
+def _files(prefix: Path) -> set[Path]:
+    return {Path(f"{prefix}.{ending}").resolve() for ending in ("bin", "idx")}
 
 
 def _check_of_one_kind(parts: Sequence[_Part], manifests: Sequence[Manifest | None]) -> None:
@@ -255,7 +267,7 @@ def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int
             while data < begin:
                 content = source.read(min(COPIED_AT_ONCE, begin - data))
                 if not content:
-                    raise DataError(f"{part.prefix}.bin became shorter while it was read")
+                    raise _became_shorter(source)
                 writing.write(target, content)
                 if count:
                     sums.add(np.frombuffer(content, dtype=part.index.item_type))
@@ -272,6 +284,12 @@ def _next(source: BinaryIO, position: int, what: int, end: int) -> int:
     try:
         return min(os.lseek(source.fileno(), position, what), end)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # no data up to the end of the file
-            return end
-        return position if what == os.SEEK_DATA else end
+        if error.errno != errno.ENXIO:
+            return position if what == os.SEEK_DATA else end
+        if os.fstat(source.fileno()).st_size < end:  # what is missing is no hole
+            raise _became_shorter(source) from error
+        return end
+
+
+def _became_shorter(source: BinaryIO) -> DataError:
+    return DataError(f"{source.name} became shorter while it was read: let nothing else write to it, and run again")

@@ -88,7 +88,7 @@ def test_pairs_that_do_not_belong_together_are_refused(tmp_path: Path, model: st
     wide = foreign_pair(tmp_path / "wide", [[[1, 2]]], dtype=np.int32)
     with pytest.raises(DataError, match=r"wide stores tokens as int32, .*narrow as uint16"):
         merge_pairs([narrow, wide], tmp_path / "m", **Quiet)
-    with pytest.raises(DataError, match="is an input of the merge too"):
+    with pytest.raises(DataError, match="is an input too"):
         merge_pairs([narrow, narrow], narrow, **Quiet)
     with pytest.raises(DataError, match="does not exist"):
         merge_pairs([narrow, tmp_path / "none"], tmp_path / "m", **Quiet)
@@ -100,6 +100,20 @@ def test_pairs_that_do_not_belong_together_are_refused(tmp_path: Path, model: st
     with pytest.raises(DataError, match=r"b was made with another tokenizer than .*a"):
         merge_pairs([tmp_path / "a", tmp_path / "b"], tmp_path / "m", **Quiet)
     assert not list(tmp_path.glob("m*"))
+
+
+def test_no_pair_is_written_over_itself(tmp_path: Path) -> None:
+    prefix = foreign_pair(tmp_path / "p_0", [[[1, 2]], [[3]]])
+    (tmp_path / "link_0.idx").symlink_to(f"{prefix}.idx")
+    whole = pair_bytes(prefix)
+    for name in ("p", "link"):
+        outputs = [(tmp_path / f"{name}_{number}", 1) for number in range(2)]
+        with pytest.raises(DataError, match=rf"{name}_0 is an input too: write to another name"):
+            split_pair(prefix, outputs, **Quiet)
+        with pytest.raises(DataError, match=rf"{name}_0 is an input too: write to another name"):
+            merge_pairs([prefix, prefix], outputs[0][0], **Quiet)
+    assert pair_bytes(prefix) == whole
+    assert not list(tmp_path.glob("*_1.*"))
 
 
 # ------------------------------------------------------------------------------------------------------ large, sparse
@@ -201,6 +215,17 @@ def test_an_index_whose_offsets_overflowed_is_refused(tmp_path: Path) -> None:
     Path(f"{prefix}.idx").write_bytes(content)
     with pytest.raises(DataError, match="let offsets overflow"):
         open_pair(prefix)
+
+
+def test_a_pair_that_becomes_shorter_is_not_taken_for_a_hole(tmp_path: Path) -> None:
+    first, second = (sparse_pair(tmp_path / name, 2, {0: 7, 1: 8}) for name in ("first", "second"))
+
+    def cut_the_second(num_bytes: int) -> None:
+        os.truncate(f"{second}.bin", 1_000_000)
+
+    with pytest.raises(DataError, match=r"second\.bin became shorter while it was read"):
+        merge_pairs([first, second], tmp_path / "m", arguments={}, advance=cut_the_second)
+    assert not list(tmp_path.glob("m*"))
 
 
 def test_a_file_system_without_holes_merges_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
