@@ -1,4 +1,7 @@
-"""Merging and splitting pairs in constant memory, with 64-bit offsets; holes of sparse files stay holes."""
+"""Merging and splitting pairs in constant memory, with 64-bit offsets; holes of sparse files stay holes.
+
+What has a manifest is checked while it is copied, so that no damage gets checksums of its own.
+"""
 
 import errno
 import hashlib
@@ -12,9 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maha_megatron.data import writing
-from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256, read_checksums
-from maha_megatron.data.layout import PairIndex, read_index
-from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from maha_megatron.data.checksums import CHUNK_BYTES, TokenSums, entropy_nats, file_sha256
+from maha_megatron.data.layout import REBUILD, PairIndex
+from maha_megatron.data.manifest import Manifest, manifest_path, write_manifest
+from maha_megatron.data.pair import PairFiles, damaged, read_pair_files
 from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.index_file import in_chunks, write_index
 from maha_megatron.data.writing import settle, whole_file
@@ -28,9 +32,13 @@ class _Part:
     """Documents [first, last) of a pair."""
 
     prefix: Path
-    index: PairIndex
+    files: PairFiles
     first: int
     last: int
+
+    @property
+    def index(self) -> PairIndex:
+        return self.files.index
 
     @property
     def sequences(self) -> tuple[int, int]:
@@ -62,22 +70,19 @@ def merge_pairs(
     Raises:
         DataError: A pair is damaged or of another dtype or tokenizer, or the output is an input or cannot be written.
     """
-    parts = []
-    for prefix in prefixes:
-        index = read_index(prefix)
-        parts.append(_Part(prefix, index, 0, len(index.documents) - 1))
+    files = [read_pair_files(prefix) for prefix in prefixes]
+    parts = [_Part(p, f, 0, len(f.index.documents) - 1) for p, f in zip(prefixes, files, strict=True)]
     _refuse_inputs(prefixes, [output])
-    manifests = [read_manifest(prefix) for prefix in prefixes]
+    manifests = [part.files.manifest for part in parts]
     _check_of_one_kind(parts, manifests)
     known = all(manifests)
-    counted = known and all(manifest.checksums_sha256 for manifest in manifests)
+    counted = all(part.files.counts is not None for part in parts)
     sums = TokenSums(manifests[0].vocabulary if known else 0)
     _write_documents(parts, output, sums, advance, count=known and not counted)
     if not known:
         return None
     if counted:
-        for prefix, manifest in zip(prefixes, manifests, strict=True):
-            sums.counts += read_checksums(prefix, manifest.checksums_sha256)[1]
+        sums.counts = sum(part.files.counts for part in parts)
     text_bytes = [manifest.text_bytes for manifest in manifests]
     return _describe(
         output,
@@ -110,10 +115,11 @@ def split_pair(
     Raises:
         DataError: The pair is damaged, or an output is the pair itself or cannot be written.
     """
-    index, manifest, first = read_index(prefix), read_manifest(prefix), 0
+    files, first = read_pair_files(prefix), 0
+    index, manifest = files.index, files.manifest
     _refuse_inputs([prefix], [output for output, _ in outputs])
     for output, documents in outputs:
-        part = _Part(prefix, index, first, first + documents)
+        part = _Part(prefix, files, first, first + documents)
         sums = TokenSums(manifest.vocabulary if manifest else 0)
         _write_documents([part], output, sums, advance, count=manifest is not None)
         if manifest:
@@ -252,13 +258,17 @@ def _write_documents(
 
 
 def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int], object], *, count: bool) -> None:
-    """Append a part's tokens; holes are passed over."""
+    """Append a part's tokens; holes are passed over. What was read is then held against the part's checksums."""
     begin, end = part.bytes
+    first_chunk, before = divmod(begin, CHUNK_BYTES)
+    read = TokenSums(0)
     with Path(f"{part.prefix}.bin").open("rb", buffering=0) as source:
+        read.add_bytes(os.pread(source.fileno(), before, begin - before))
         while begin < end:
             data = _next(source, begin, os.SEEK_DATA, end)
             target.seek(data - begin, os.SEEK_CUR)
-            sums.add_zeros(data - begin)
+            for taken in (read, sums):
+                taken.add_zeros(data - begin)
             if count:
                 sums.counts[0] += (data - begin) // part.index.item_type.itemsize
             advance(data - begin)
@@ -268,13 +278,28 @@ def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int
                 content = source.read(min(COPIED_AT_ONCE, begin - data))
                 if not content:
                     raise _became_shorter(source)
-                writing.write(target, content)
+                read.add_bytes(content)
                 if count:
-                    sums.add(np.frombuffer(content, dtype=part.index.item_type))
-                else:
-                    sums.add_bytes(content)
+                    _count(part, sums, content)
+                sums.add_bytes(content)
+                writing.write(target, content)
                 advance(len(content))
                 data += len(content)
+        read.add_bytes(os.pread(source.fileno(), -end % CHUNK_BYTES, end))
+    if part.files.checksums is not None:
+        written = part.files.checksums[first_chunk : first_chunk + len(read.crc32)]
+        for chunk in np.flatnonzero(read.crc32 != written):
+            raise damaged(part.prefix, first_chunk + int(chunk))
+
+
+def _count(part: _Part, sums: TokenSums, content: bytes) -> None:
+    tokens = np.frombuffer(content, dtype=part.index.item_type)
+    if tokens.min() < 0 or tokens.max() >= sums.counts.size:
+        raise DataError(
+            f"{part.prefix}.bin is damaged: it holds token ids that are none of the {sums.counts.size} of its manifest;"
+            f" {REBUILD}"
+        )
+    sums.counts += np.bincount(tokens, minlength=sums.counts.size)
 
 
 def _next(source: BinaryIO, position: int, what: int, end: int) -> int:
