@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
-from maha_megatron.data.prepare.spool import remove_leftover
 from maha_megatron.data.prepare.stage import (
     document_progress,
     finished_record,
@@ -25,6 +24,7 @@ from maha_megatron.data.prepare.stage import (
     parse_bytes,
     run_command,
 )
+from maha_megatron.data.prepare.work_folder import remove_leftover
 from maha_megatron.errors import DataError
 from maha_megatron.units import format_count
 

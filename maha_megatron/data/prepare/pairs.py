@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,10 +18,11 @@ import numpy as np
 from maha_megatron.data import writing
 from maha_megatron.data.checksums import CHUNK_BYTES, TokenSums, entropy_nats, file_sha256
 from maha_megatron.data.layout import REBUILD, PairIndex
-from maha_megatron.data.manifest import Manifest, manifest_path, write_manifest
+from maha_megatron.data.manifest import Manifest, bad_lines_path, write_manifest
 from maha_megatron.data.pair import PairFiles, damaged, read_pair_files
 from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.index_file import in_chunks, write_index
+from maha_megatron.data.prepare.work_folder import new_pair
 from maha_megatron.data.writing import settle, whole_file
 from maha_megatron.errors import DataError
 
@@ -78,26 +80,29 @@ def merge_pairs(
     known = all(manifests)
     counted = all(part.files.counts is not None for part in parts)
     sums = TokenSums(manifests[0].vocabulary if known else 0)
-    _write_documents(parts, output, sums, advance, count=known and not counted)
-    if not known:
-        return None
-    if counted:
-        sums.counts = sum(part.files.counts for part in parts)
+    with new_pair(output) as pair:
+        _write_documents(parts, pair, sums, advance, count=known and not counted)
+        _join_bad_lines(prefixes, pair)
+        if not known:
+            return None
+        if counted:
+            sums.counts = sum(part.files.counts for part in parts)
+        return _describe(pair, sums, _merged(manifests, arguments))
+
+
+def _merged(manifests: Sequence[Manifest], arguments: dict[str, Any]) -> Manifest:
+    """What is known of pairs together, before the files of the new one are."""
     text_bytes = [manifest.text_bytes for manifest in manifests]
-    return _describe(
-        output,
-        sums,
-        replace(
-            manifests[0],
-            end_appended=all(manifest.end_appended for manifest in manifests),
-            documents=sum(manifest.documents for manifest in manifests),
-            tokens=sum(manifest.tokens for manifest in manifests),
-            text_bytes=None if None in text_bytes else sum(text_bytes),
-            text_digest=_joined_digest(manifests),
-            sources=_joined_sources(manifests),
-            bad_lines=_added([manifest.bad_lines for manifest in manifests]),
-            arguments=arguments,
-        ),
+    return replace(
+        manifests[0],
+        end_appended=all(manifest.end_appended for manifest in manifests),
+        documents=sum(manifest.documents for manifest in manifests),
+        tokens=sum(manifest.tokens for manifest in manifests),
+        text_bytes=None if None in text_bytes else sum(text_bytes),
+        text_digest=_joined_digest(manifests),
+        sources=_joined_sources(manifests),
+        bad_lines=_added([manifest.bad_lines for manifest in manifests]),
+        arguments=arguments,
     )
 
 
@@ -108,7 +113,7 @@ def split_pair(
 
     Args:
         prefix: Path of the pair without its ending.
-        outputs: Path of each new pair and how many documents it takes; together all of them.
+        outputs: Path of each new pair and how many documents it takes; together all of them. All or nothing.
         arguments: Kept in the manifests.
         advance: As in merge_pairs.
 
@@ -116,28 +121,34 @@ def split_pair(
         DataError: The pair is damaged, or an output is the pair itself or cannot be written.
     """
     files, first = read_pair_files(prefix), 0
-    index, manifest = files.index, files.manifest
+    manifest = files.manifest
     _refuse_inputs([prefix], [output for output, _ in outputs])
-    for output, documents in outputs:
-        part = _Part(prefix, files, first, first + documents)
-        sums = TokenSums(manifest.vocabulary if manifest else 0)
-        _write_documents([part], output, sums, advance, count=manifest is not None)
-        if manifest:
-            begin, end = part.bytes
-            share = {"documents": [first, first + documents], "of": manifest.text_digest}
-            part_of = replace(
-                manifest,
-                documents=documents,
-                tokens=(end - begin) // index.item_type.itemsize,
-                text_bytes=None,
-                text_digest=_hashed(manifest.text_digest, first, first + documents),
-                sources=(),
-                bad_lines={},
-                arguments={**arguments, "part": share},
-            )
-            _describe(output, sums, part_of)
-        first += documents
-    assert first == len(index.documents) - 1
+    with ExitStack() as made:  # they get their names together, when all are written
+        for output, documents in outputs:
+            part = _Part(prefix, files, first, first + documents)
+            sums = TokenSums(manifest.vocabulary if manifest else 0)
+            pair = made.enter_context(new_pair(output))
+            _write_documents([part], pair, sums, advance, count=manifest is not None)
+            if manifest:
+                _describe(pair, sums, _part_of(manifest, part, arguments))
+            first += documents
+        assert first == len(files.index.documents) - 1
+
+
+def _part_of(manifest: Manifest, part: _Part, arguments: dict[str, Any]) -> Manifest:
+    """What is known of a part of a pair, before its files are."""
+    begin, end = part.bytes
+    share = {"documents": [part.first, part.last], "of": manifest.text_digest}
+    return replace(
+        manifest,
+        documents=part.last - part.first,
+        tokens=(end - begin) // part.index.item_type.itemsize,
+        text_bytes=None,
+        text_digest=_hashed(manifest.text_digest, part.first, part.last),
+        sources=(),
+        bad_lines={},
+        arguments={**arguments, "part": share},
+    )
 
 
 def _describe(output: Path, sums: TokenSums, manifest: Manifest) -> Manifest:
@@ -218,20 +229,25 @@ def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     }
 
 
+def _join_bad_lines(prefixes: Sequence[Path], output: Path) -> None:
+    found = [path for path in map(bad_lines_path, prefixes) if path.is_file()]
+    if found:
+        with whole_file(bad_lines_path(output)) as joined, joined.open("wb") as stream:
+            for path in found:
+                writing.write(stream, path.read_bytes())
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
 def _write_documents(
     parts: Sequence[_Part], output: Path, sums: TokenSums, advance: Callable[[int], object], *, count: bool
 ) -> None:
-    manifest_path(output).unlink(missing_ok=True)
-    bin_path, idx_path = Path(f"{output}.bin"), Path(f"{output}.idx")
-    with whole_file(bin_path) as partial, partial.open("wb") as stream:
+    with Path(f"{output}.bin").open("wb") as stream:
         for part in parts:
             _copy(part, stream, sums, advance, count=count)
         stream.truncate(stream.tell())  # a hole at the end is there only when the size says so
         settle(stream)
-        idx_path.unlink(missing_ok=True)  # never an old index beside the new tokens
 
     def lengths() -> Iterator[np.ndarray]:
         for part in parts:
@@ -248,7 +264,7 @@ def _write_documents(
             before += last - first
 
     write_index(
-        idx_path,
+        Path(f"{output}.idx"),
         code=parts[0].index.code,
         sequences=sum(part.sequences[1] - part.sequences[0] for part in parts),
         bounds=1 + sum(part.last - part.first for part in parts),

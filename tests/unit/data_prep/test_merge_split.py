@@ -116,6 +116,21 @@ def test_no_pair_is_written_over_itself(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*_1.*"))
 
 
+def test_a_failed_merge_or_split_leaves_the_old_outputs(tmp_path: Path, model: str) -> None:
+    odd_corpus(tmp_path / "a.jsonl", 100, long_bytes=0)
+    for name in ("a", "b", "old", "old_0", "old_1"):
+        write_inputs([tmp_path / "a.jsonl"], tmp_path / name, settings_for(model))
+    with open(tmp_path / "b.bin", "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"b\.bin is damaged"):
+        merge_pairs([tmp_path / "a", tmp_path / "b"], tmp_path / "old", **Quiet)
+    with pytest.raises(DataError, match=r"b\.bin is damaged"):
+        split_pair(tmp_path / "b", [(tmp_path / "old_0", 50), (tmp_path / "old_1", 50)], **Quiet)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 # ------------------------------------------------------------------------------------------------------ large, sparse
 
 DOCUMENT_TOKENS = 1_000_000
