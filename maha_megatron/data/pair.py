@@ -3,7 +3,7 @@
 import mmap
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from maha_megatron.data.checksums import CHUNK_BYTES, file_sha256, read_checksum
 from maha_megatron.data.layout import REBUILD, PairIndex, map_tokens, read_index
 from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.errors import DataError
+
+CHECKED_AT_ONCE = 1 << 22
 
 
 class Pair:
@@ -64,15 +66,22 @@ class Pair:
             self._check(begin * self._tokens.itemsize, end * self._tokens.itemsize)
         return self._tokens[begin:end]
 
-    def check_all(self) -> None:
+    def check_all(self, advance: Callable[[int], object] = lambda num_bytes: None) -> None:
         """Check every token.
+
+        Args:
+            advance: Called with bytes of the .bin that were checked.
 
         Raises:
             DataError: One is not what was written, or the pair has no checksums.
         """
         if self._unchecked is None:
             raise DataError(f"{self.prefix} has no checksums to check its tokens by: it was made by another tool")
-        self._check(0, self.index.bin_bytes)
+        for begin in range(0, self.index.bin_bytes, CHECKED_AT_ONCE):
+            end = min(begin + CHECKED_AT_ONCE, self.index.bin_bytes)
+            _expect_all(self._stream.fileno(), begin, end)
+            self._check(begin, end)
+            advance(end - begin)
 
     def _check(self, begin: int, end: int) -> None:
         """Check the chunks that hold bytes [begin, end) and were not checked before."""
@@ -84,6 +93,12 @@ class Pair:
                 if zlib.crc32(content) != self._checksums[chunk]:
                     raise damaged(self.prefix, chunk)
                 self._unchecked[chunk] = False
+
+
+def _expect_all(file: int, begin: int, end: int) -> None:
+    """Ask the system to read bytes [begin, end) ahead."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _expect_random_access(file: int, tokens: np.memmap) -> None:
@@ -132,6 +147,21 @@ def open_pair(prefix: str | Path) -> Pair:
     if files.index.tokens == 0:
         raise DataError(f"{files.index.path} holds no tokens: the corpus it was made from was empty; {REBUILD}")
     return Pair(str(prefix), files.index, files.checksums)
+
+
+def check_pair(prefix: str | Path, advance: Callable[[int], object]) -> None:
+    """Check all that the manifest of a pair vouches for. The pair may hold no tokens.
+
+    Args:
+        prefix: Path of the pair without its ending.
+        advance: Called with bytes of the .bin that were checked.
+
+    Raises:
+        DataError: As read_pair_files, or a token is not what was written.
+    """
+    files = read_pair_files(prefix)
+    if files.checksums is not None and files.index.tokens:
+        Pair(str(prefix), files.index, files.checksums).check_all(advance)
 
 
 def damaged(prefix: str | Path, chunk: int) -> DataError:

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.data.prepare.blocks import InputFile, divide, read_blocks
 from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
+from maha_megatron.data.prepare.finished import finished_pair
 from maha_megatron.data.prepare.pairs import merge_pairs
 from maha_megatron.data.prepare.spool import Spool
-from maha_megatron.data.prepare.stage import finished_record
 from maha_megatron.data.prepare.work_folder import remove_leftover
 from maha_megatron.errors import DataError, MahaError
 
@@ -121,9 +121,9 @@ def _write_partition(
         tell("progress", (spool.documents, spool.text_bytes, spool.read_bytes))
 
     try:
-        outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if not finished_record(manifest_path(prefix), outputs, arguments):
-            write_pair(
+        manifest = finished_pair(prefix, arguments, advance=lambda num_bytes: None, say=lambda text: tell("say", text))
+        if manifest is None:
+            manifest = write_pair(
                 partial(read_blocks, files, settings.key, longest_bytes=settings.longest_bytes),
                 prefix,
                 settings=settings,
@@ -134,7 +134,6 @@ def _write_partition(
                 revisions=revisions,
                 allow_empty=True,
             )
-        manifest = read_manifest(prefix)
         tell("progress", (manifest.documents, manifest.text_bytes, sum(map(_part_bytes, files))))
         tell("done")
     except MahaError as error:
