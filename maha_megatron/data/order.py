@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -147,14 +148,13 @@ class SourceOrder:
         starts = self.epoch(0).arrays["sample_index"][1:-1]
         return int(np.count_nonzero(starts[:, 1]))
 
-    def last_tokens(self, documents: int) -> list[int]:
-        """The last token of each of the first so many documents that are not empty."""
-        ends = []
-        for number in range(self._first_document, self._first_document + min(documents, self.documents)):
+    def last_tokens(self, documents: int) -> Iterator[tuple[int, int]]:
+        """Number and last token of so many documents, evenly spaced, or of all; empty ones are passed over."""
+        for place in range(min(documents, self.documents)):
+            number = self._first_document + place * self.documents // min(documents, self.documents)
             begin, end = self.pair.index.document_tokens(number)
             if end > begin:
-                ends.append(int(self.pair.read(end - 1, end)[0]))
-        return ends
+                yield number, int(self.pair.read(end - 1, end)[0])
 
     def read(self, sample: int) -> list[np.ndarray]:
         """The runs of tokens of one sample.

@@ -12,8 +12,8 @@ from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.errors import DataError
 
 SPLITS = ("train", "validation")
-ENDS_CHECKED = 64
-"""Documents whose last token is looked at when a source is opened."""
+ENDS_CHECKED = 1 << 14
+"""Documents, evenly spaced, whose last token is looked at when a source without a manifest is opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def open_sources(config: Config, split: str) -> OpenSources:
     ]
     if config.data.document_bounds:
         for order in orders:
-            _check_document_ends(order, tokenizer.end_of_document)
+            _check_document_ends(order, manifests[order.prefix], tokenizer.end_of_document)
     texts = [manifests[source.prefix] and manifests[source.prefix].text_digest[:16] for source in sources]
     return OpenSources(split=split, tokenizer=tokenizer, orders=orders, weights=_weights(sources, orders), texts=texts)
 
@@ -139,11 +139,20 @@ def _checked_tokenizer(config: Config, manifests: Mapping[str, Manifest | None])
     return TokenizerIdentity(fingerprint=fingerprint, end_of_document=end_of_document)
 
 
-def _check_document_ends(order: SourceOrder, end_of_document: int) -> None:
-    """Refuse a source none of whose documents ends where the run believes documents to end."""
-    if not any(last == end_of_document for last in order.last_tokens(ENDS_CHECKED)):
+def _check_document_ends(order: SourceOrder, manifest: Manifest | None, end_of_document: int) -> None:
+    """Refuse a source with documents that have no end: by its manifest, or else by the documents themselves."""
+    advice = (
+        "preprocess it again with --append-eod and the tokenizer of the run, or set data.document_bounds=false to let"
+        " attention run over documents"
+    )
+    if manifest and not manifest.end_appended:
         raise DataError(
-            f"no document of {order.prefix} ends with the end-of-document token {end_of_document}: it was preprocessed"
-            " without --append-eod or with another tokenizer; preprocess it again, or set data.document_bounds=false"
-            " to let attention run over documents"
+            f"{order.prefix} was preprocessed without --append-eod, so nothing tells where its documents end: {advice}"
         )
+    if manifest is None:
+        for document, last in order.last_tokens(ENDS_CHECKED):
+            if last != end_of_document:
+                raise DataError(
+                    f"document {document} of {order.prefix} ends with token {last}, not with the end-of-document token"
+                    f" {end_of_document}: {advice}"
+                )

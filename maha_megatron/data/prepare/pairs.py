@@ -70,7 +70,8 @@ def merge_pairs(
         The manifest; None where an input has none, since then nobody knows the tokenizer.
 
     Raises:
-        DataError: A pair is damaged or of another dtype or tokenizer, or the output is an input or cannot be written.
+        DataError: A pair is damaged, or of another dtype or tokenizer or without ends where others have them, or the
+            output is an input or cannot be written.
     """
     files = [read_pair_files(prefix) for prefix in prefixes]
     parts = [_Part(p, f, 0, len(f.index.documents) - 1) for p, f in zip(prefixes, files, strict=True)]
@@ -95,7 +96,6 @@ def _merged(manifests: Sequence[Manifest], arguments: dict[str, Any]) -> Manifes
     text_bytes = [manifest.text_bytes for manifest in manifests]
     return replace(
         manifests[0],
-        end_appended=all(manifest.end_appended for manifest in manifests),
         documents=sum(manifest.documents for manifest in manifests),
         tokens=sum(manifest.tokens for manifest in manifests),
         text_bytes=None if None in text_bytes else sum(text_bytes),
@@ -186,9 +186,14 @@ def _check_of_one_kind(parts: Sequence[_Part], manifests: Sequence[Manifest | No
             )
     known = [(part.prefix, manifest) for part, manifest in zip(parts, manifests, strict=True) if manifest]
     for prefix, manifest in known:
-        if manifest.tokenizer_fingerprint != known[0][1].tokenizer_fingerprint:
+        other, first_manifest = known[0]
+        if manifest.tokenizer_fingerprint != first_manifest.tokenizer_fingerprint:
+            raise DataError(f"{prefix} was made with another tokenizer than {other}: preprocess one of them again")
+        if manifest.end_appended != first_manifest.end_appended:
+            without, ended = (prefix, other) if first_manifest.end_appended else (other, prefix)
             raise DataError(
-                f"{prefix} was made with another tokenizer than {known[0][0]}: preprocess one of them again"
+                f"the documents of {without} have no ends and those of {ended} have: preprocess {without} again with"
+                " --append-eod"
             )
 
 

@@ -216,13 +216,24 @@ def test_a_token_outside_the_vocabulary_is_named(
         build(config)
 
 
-def test_documents_that_never_end_are_refused(
-    write_pair: Callable[..., str], make_config: Callable[..., Config]
+def test_documents_without_an_end_are_refused(
+    write_pair: Callable[..., str], make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(write_pair("a", [[5] * 40] * 30))
-    with pytest.raises(DataError, match=r"no document of .* ends with .* token 2.*data\.document_bounds=false"):
-        build(config)
-    build(replace(config, data=replace(config.data, document_bounds=False)))
+    class Model:
+        vocabulary, end_of_document, fingerprint = VOCABULARY, END, "test:1"
+
+    def refused(prefix: str, message: str, **data: str) -> None:
+        config = make_config(write_pair("whole", random_documents(30)), prefix, **data)
+        with pytest.raises(DataError, match=rf"{message}.*with --append-eod.*data\.document_bounds=false"):
+            build(config)
+        build(replace(config, data=replace(config.data, document_bounds=False)))
+
+    monkeypatch.setattr("maha_megatron.data.sources.load_tokenizer", lambda _: Model())
+    documents = random_documents(100)
+    refused(write_pair("a", documents, end_appended=False), "a was preprocessed without --append-eod")
+    documents[57][-1] = 5
+    message = r"document 57 of .*b ends with token 5, not with the end-of-document token 2"
+    refused(write_pair("b", documents, manifest=False), message, tokenizer="the.model")
 
 
 def test_nothing_to_read_is_refused(write_pair: Callable[..., str], make_config: Callable[..., Config]) -> None:

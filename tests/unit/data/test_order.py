@@ -118,7 +118,8 @@ def test_a_last_document_range_holds_the_last_documents(write_pair: Callable[...
     order = open_order(prefix, tmp_path / "cache", document_range=(0.8, 1.0), split="validation")
     assert (order.documents, order.tokens, order.samples_per_epoch) == (4, 4 * S, 3)
     assert set(read(order, range(3))[:, 0]) <= {116, 117, 118, 119}
-    assert order.last_tokens(10) == [END] * 4
+    assert list(order.last_tokens(10)) == [(number, END) for number in (16, 17, 18, 19)]
+    assert [number for number, _ in order.last_tokens(2)] == [16, 18]
 
 
 def test_too_few_tokens_says_how_many_there_are(write_pair: Callable[..., str], tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ def test_pairs_that_do_not_belong_together_are_refused(tmp_path: Path, model: st
         write_inputs([tmp_path / "a.jsonl"], tmp_path / name, settings_for(path))
     with pytest.raises(DataError, match=r"b was made with another tokenizer than .*a"):
         merge_pairs([tmp_path / "a", tmp_path / "b"], tmp_path / "m", **Quiet)
+    write_inputs([tmp_path / "a.jsonl"], tmp_path / "endless", settings_for(model, append_end=False))
+    for pairs_of_both in ([tmp_path / "a", tmp_path / "endless"], [tmp_path / "endless", tmp_path / "a"]):
+        with pytest.raises(DataError, match=r"endless have no ends and those of .*a have: .*endless again with --app"):
+            merge_pairs(pairs_of_both, tmp_path / "m", **Quiet)
     assert not list(tmp_path.glob("m*"))
 
 
