@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,6 @@ class Loader:
     def __init__(self, config: Config, sources: OpenSources, *, data_parallel_rank: int, data_parallel_size: int):
         self._sources, self._orders = sources, sources.orders
         self.end_of_document = sources.tokenizer.end_of_document
-        self._mixture = Mixture(sources.weights, config.run.seed)
         self._data, self._seed = config.data, config.run.seed
         self._skip = config.data.skip if sources.split == "train" else ()
         self._numbers = SampleNumbers(self._skip)
@@ -88,6 +88,10 @@ class Loader:
         self._micro, self._step_samples = config.train.micro_batch_samples, config.train.global_batch_samples
         self._validation_samples = config.train.validation_samples
         self._accumulation = accumulation_steps(config, data_parallel_size * config.parallel.tensor)
+
+    @cached_property
+    def _mixture(self) -> Mixture:
+        return Mixture(self._sources.weights, self._seed)
 
     # ------------------------------------------------------------------------------------------------- what it is
 

@@ -10,6 +10,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,7 @@ class SourceOrder:
         self._passes = self._needed_passes()
         self._lengths_digest = hashlib.blake2b(np.ascontiguousarray(lengths).data).hexdigest()
         self._epochs: dict[int, EpochIndex] = {}
-        if packing == "concatenate":
-            self.samples_per_epoch = (self.tokens * self._passes - 1) // sequence_tokens
-        else:
-            self.samples_per_epoch = len(self.epoch(0))
-        if self.samples_per_epoch == 0:
+        if not self._holds_a_row():
             raise DataError(self._too_few())
 
     def _needed_passes(self) -> int:
@@ -107,6 +104,22 @@ class SourceOrder:
         if self.tokens == 0 or (self.tokens < needed and self._split == "validation"):
             raise DataError(self._too_few())
         return -(-needed // self.tokens)
+
+    def _holds_a_row(self) -> bool:
+        """Whether a document has two tokens, the second to be predicted from the first."""
+        if self._packing == "concatenate" or self.tokens > self.documents:
+            return True
+        return bool((np.diff(document_edges(self.pair, self._first_document, self.documents)) > 1).any())
+
+    @cached_property
+    def samples_per_epoch(self) -> int:
+        """Samples of an epoch. With best_fit its index tells, which is built if this node has none."""
+        return self.expected_samples if self._packing == "concatenate" else len(self.epoch(0))
+
+    @property
+    def expected_samples(self) -> int:
+        """samples_per_epoch, as far as it is known without an index: with best_fit, about."""
+        return max(1, (self.tokens * self._passes - 1) // self._sequence_tokens)
 
     def _too_few(self) -> str:
         advice = "use more data or a smaller data.sequence_tokens"
