@@ -217,17 +217,9 @@ class SourceOrder:
         """Whether its indexes are files."""
         return self.documents + self.tokens // self._sequence_tokens >= STORED_ITEMS
 
-    def _open_epoch(self, epoch: int) -> EpochIndex:
-        plan = EpochPlan(
-            packing=self._packing,
-            first_document=self._first_document,
-            documents=self.documents,
-            passes=self._passes,
-            sequence_tokens=self._sequence_tokens,
-            seed=int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]),
-        )
-        if not self.is_stored:
-            return build_index(self.pair, plan)
+    def store_epoch(self, epoch: int) -> Path:
+        """The folder with the index of an epoch, built if this node has none. Only where indexes are stored."""
+        plan = self._plan(epoch)
         description = {
             "plan": asdict(plan),
             "lengths": self._lengths_digest,
@@ -241,7 +233,22 @@ class SourceOrder:
             save_index(build_index(self.pair, plan), partial, description)
 
         complete_folder(folder, fill)
-        return open_index(self.pair, self._packing, folder)
+        return folder
+
+    def _open_epoch(self, epoch: int) -> EpochIndex:
+        if not self.is_stored:
+            return build_index(self.pair, self._plan(epoch))
+        return open_index(self.pair, self._packing, self.store_epoch(epoch))
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        return EpochPlan(
+            packing=self._packing,
+            first_document=self._first_document,
+            documents=self.documents,
+            passes=self._passes,
+            sequence_tokens=self._sequence_tokens,
+            seed=int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]),
+        )
 
 
 def _key(description: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maha_megatron.config.schema import Config, Source
+from maha_megatron.config.schema import Config, SkipRange, Source
 from maha_megatron.data.batch import MicroBatch
 from maha_megatron.data.loader import Loader, build_loader
 from maha_megatron.data.manifest import manifest_path
@@ -269,6 +269,29 @@ def test_the_index_lies_in_the_cache_folder_or_the_runs(
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {
         path.name for path in (tmp_path / "run" / "index").iterdir()
     }
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_no_index_is_built_once_those_of_the_run_are(
+    mixed: Config, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    """Skipped samples count too: the range that is left out moves the run's end several epochs on."""
+    monkeypatch.setattr("maha_megatron.data.order.STORED_ITEMS", 0)
+    data = replace(mixed.data, packing=packing, skip=(SkipRange(first=100, last=499),), validation_frac=0.4)
+    loader = build_loader(replace(mixed, data=data), data_parallel_rank=0, data_parallel_size=1)
+    first, last = 80, 400
+    assert loader.build_indexes(first, last) > 20
+    built = len(list(Path(mixed.run.folder, "index").iterdir()))
+    validation = build_loader(replace(mixed, data=data), data_parallel_rank=0, data_parallel_size=1, split="validation")
+    validation.build_indexes(0, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("maha_megatron.data.order.build_index", lambda *_: pytest.fail("an index was built late"))
+        loader = build_loader(replace(mixed, data=data), data_parallel_rank=0, data_parallel_size=1)
+        for consumed in range(first, last, 8):
+            loader.step_batches(consumed)
+        assert validation_of(validation)
+    longer = loader.build_indexes(last, last + 400)
+    assert built < len(list(Path(mixed.run.folder, "index").iterdir())) <= built + 2 + longer
 
 
 def identity(config: Config) -> dict:
