@@ -180,11 +180,9 @@ class Spool:
             state = json.loads(self._state_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if state["arguments"] != self._arguments:
+        if state["arguments"] != self._arguments or set(state["sizes"]) != set(FILES):
             return None
-        tokens, bin_path = self._folder / TOKENS, Path(f"{self.prefix}.bin")
-        if not tokens.exists() and bin_path.exists():  # killed between the last renaming and the manifest
-            os.replace(bin_path, tokens)
+        self._take_back_tokens()
         for name in FILES:
             path = self._folder / name
             if not path.exists() or path.stat().st_size < state["sizes"][name]:

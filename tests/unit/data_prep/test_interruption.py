@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from maha_megatron.data import writing
+from maha_megatron.data.pair import check_pair
 from maha_megatron.data.prepare import spool
 from maha_megatron.data.prepare.work_folder import ENDINGS
 from maha_megatron.errors import DataError
@@ -163,6 +165,26 @@ def test_a_pair_is_never_half_new_and_half_old(
     write_inputs([tmp_path / "new.jsonl"], tmp_path / "p", settings_for(model))
     assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
     assert {path.name for path in tmp_path.glob("p.*")} == {f"p.{ending}" for ending in ENDINGS} - {"p.bad_lines.jsonl"}
+
+
+def test_what_a_finished_run_left_does_not_cost_its_pair(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last step; then another run of the same arguments begins, and dies."""
+    odd_corpus(tmp_path / "odd.jsonl", 100, long_bytes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(model))
+    assert (tmp_path / "p.partial" / "state.json").exists()
+    whole = pair_bytes(tmp_path / "p")
+
+    def die(progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(model), advance=die)
+    assert pair_bytes(tmp_path / "p") == whole
+    check_pair(tmp_path / "p", lambda num_bytes: None)
 
 
 def test_other_arguments_begin_anew(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
