@@ -88,7 +88,7 @@ def merge_all(prefix: str) -> None:
 
 
 def split_all(prefix: str) -> None:
-    outputs = [(Path(f"{prefix}-first"), 100), (Path(f"{prefix}-second"), DOCUMENTS - 100)]
+    outputs = [(Path(f"{prefix}-first"), DOCUMENTS - 100), (Path(f"{prefix}-second"), 100)]
     split_pair(Path(prefix), outputs, arguments={}, advance=lambda num_bytes: None)
 
 
