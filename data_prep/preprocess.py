@@ -16,15 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
-from maha_megatron.data.prepare.spool import remove_leftover
+from maha_megatron.data.manifest import Manifest
+from maha_megatron.data.prepare.finished import finished_pair
 from maha_megatron.data.prepare.stage import (
     document_progress,
-    finished_record,
     input_identity,
     parse_bytes,
+    progress_bar,
     run_command,
 )
+from maha_megatron.data.prepare.work_folder import remove_leftover
 from maha_megatron.errors import DataError
 from maha_megatron.units import format_count
 
@@ -102,15 +103,25 @@ def main() -> None:
     for key in options.json_keys:
         prefix = Path(f"{options.output_prefix}_{key}_document")
         arguments = _arguments(options, key)
-        outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if not options.force and finished_record(manifest_path(prefix), outputs, arguments):
+        manifest = None if options.force else _finished(prefix, arguments)
+        if manifest:
             remove_leftover(prefix)
-            manifest = read_manifest(prefix)
             print(f"preprocess: done already: {prefix} (--force makes it again)")
         else:
             manifest = _write(options, key, prefix, arguments)
-        assert manifest is not None
         report(prefix, manifest)
+
+
+def _finished(prefix: Path, arguments: dict[str, Any]) -> Manifest | None:
+    bin_path = Path(f"{prefix}.bin")
+    if not bin_path.is_file():
+        return None
+    with progress_bar(bin_path.stat().st_size, "check what is there") as advance:
+        return finished_pair(prefix, arguments, advance=advance, say=_say)
+
+
+def _say(text: str) -> None:
+    print(f"preprocess: {text}")
 
 
 def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[
         "settings": settings,
         "workers": options.workers or _default_workers(total_bytes),
         "arguments": arguments,
-        "say": lambda text: print(f"preprocess: {text}"),
+        "say": _say,
         "revisions": dict.fromkeys(options.input, (options.licence, options.revision or "")),
     }
     with document_progress(total_bytes, f"preprocess {key}") as update:

@@ -62,7 +62,7 @@ def index(config: Config, options: argparse.Namespace) -> str:
     train, validation = (_loader(config, split) for split in ("train", "validation"))
     planned = config.train.steps * config.train.global_batch_samples
     report = {
-        "built": train.build_indexes(planned) + validation.build_indexes(0),
+        "built": train.build_indexes(0, planned) + validation.build_indexes(0, 0),
         "train": train.describe_sources(planned),
         "validation": validation.describe_sources(config.train.validation_samples),
     }

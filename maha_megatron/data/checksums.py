@@ -67,16 +67,20 @@ class TokenSums:
                 self.add_bytes(bytes(piece))
             num_bytes -= piece
 
+    @property
+    def crc32(self) -> np.ndarray:
+        """The checksums so far, uint32 [chunks]; the last chunk may be short."""
+        last = [self._open_crc] if self._open_bytes else []
+        return np.concatenate([np.array(self._done, dtype=np.uint32), np.array(last, dtype=np.uint32)])
+
     def save(self, prefix: str | Path) -> str:
         """Write the pair's checksums; their hash, for the manifest.
 
         Raises:
             DataError: The file cannot be written.
         """
-        last = [self._open_crc] if self._open_bytes else []
-        crc32 = np.concatenate([np.array(self._done, dtype=np.uint32), np.array(last, dtype=np.uint32)])
         stream = io.BytesIO()
-        np.savez(stream, crc32=crc32, counts=self.counts)
+        np.savez(stream, crc32=self.crc32, counts=self.counts)
         write_whole(checksums_path(prefix), stream.getvalue())
         return hashlib.sha256(stream.getvalue()).hexdigest()
 

@@ -19,7 +19,7 @@ HEADER = struct.Struct("<9sQBQQ")
 ITEM_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Type of a token by dtype code; 6 and 7 are floating point and hold no tokens."""
 CHECKED_AT_ONCE = 1 << 20
-REBUILD = "make the pair again with data_prep/preprocess.py, or copy both files again"
+REBUILD = "make the pair again (data_prep/preprocess.py, which finds the damage too), or copy all its files again"
 
 
 @dataclass(frozen=True)

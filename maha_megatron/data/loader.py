@@ -7,10 +7,10 @@ topology. Accumulation step a of data-parallel rank r takes, for j = 0 .. micro_
     consumed + (a * data_parallel_size + r) * micro_batch_samples + j.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,6 @@ class Loader:
     def __init__(self, config: Config, sources: OpenSources, *, data_parallel_rank: int, data_parallel_size: int):
         self._sources, self._orders = sources, sources.orders
         self.end_of_document = sources.tokenizer.end_of_document
-        self._mixture = Mixture(sources.weights, config.run.seed)
         self._data, self._seed = config.data, config.run.seed
         self._skip = config.data.skip if sources.split == "train" else ()
         self._numbers = SampleNumbers(self._skip)
@@ -88,6 +87,10 @@ class Loader:
         self._micro, self._step_samples = config.train.micro_batch_samples, config.train.global_batch_samples
         self._validation_samples = config.train.validation_samples
         self._accumulation = accumulation_steps(config, data_parallel_size * config.parallel.tensor)
+
+    @cached_property
+    def _mixture(self) -> Mixture:
+        return Mixture(self._sources.weights, self._seed)
 
     # ------------------------------------------------------------------------------------------------- what it is
 
@@ -135,18 +138,25 @@ class Loader:
             )
         ]
 
-    def build_indexes(self, consumed_samples: int) -> int:
-        """Build every index that a run which consumes so many samples reads, and the first of each source.
+    def build_indexes(self, first: int, last: int) -> int:
+        """Build what this node lacks of the indexes that a run reads from `first` to `last` consumed samples.
+
+        At least the index of each source at `first`. Small sources have none stored.
 
         Returns:
-            How many are stored; small sources need none.
+            How many stored indexes the run reads.
         """
+        begin = end = self._mixture.taken(self._numbers[first])
+        if last > first:
+            end = self._mixture.taken(self._numbers[last - 1] + 1)
         stored = 0
-        for order, share in zip(self._orders, self.shares(consumed_samples), strict=True):
-            epochs = max(1, math.ceil(share.epochs)) if order.is_stored else 0
-            for epoch in range(epochs):
-                order.epoch(epoch)
-            stored += epochs
+        for order, taken, taken_last in zip(self._orders, begin, end, strict=True):
+            if order.is_stored:
+                epoch = taken // order.samples_per_epoch
+                epochs = range(epoch, max(epoch, (taken_last - 1) // order.samples_per_epoch) + 1)
+                for number in epochs:
+                    order.store_epoch(number)
+                stored += len(epochs)
         return stored
 
     def describe_sources(self, consumed_samples: int) -> list[dict[str, Any]]:

@@ -71,6 +71,11 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
+def bad_lines_path(prefix: str | Path) -> Path:
+    """Where the lines that gave no document are listed, if there are any."""
+    return Path(f"{prefix}.bad_lines.jsonl")
+
+
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """The manifest of a pair; None where the pair has none.
 

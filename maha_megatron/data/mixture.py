@@ -8,6 +8,7 @@ u is kept as an integer below MODULUS; how many of the first n values fall below
 floors, known in O(log MODULUS): that count is the index of the sample in its source.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -19,29 +20,45 @@ STEP = 679_535_556_991
 """MODULUS / golden ratio, rounded to an odd number: u visits every value once in MODULUS samples."""
 
 
+LEAST_SHARE = 1 / MODULUS
+
+
+def check_weights(names: Sequence[str], weights: Sequence[float]) -> None:
+    """Refuse weights of sources that cannot be drawn.
+
+    Args:
+        names: What the user knows the sources by.
+        weights: One number per source, in any unit.
+
+    Raises:
+        DataError: One is negative, infinite or no number, or too small beside the others, or they sum to 0 or infinity.
+    """
+    for name, weight in zip(names, weights, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise DataError(
+                f"data source {name} asks for {weight} of the samples: give it a number that is not negative"
+            )
+    total = sum(weights)
+    if total == 0 or math.isinf(total):
+        raise DataError(f"the weights of data sources {', '.join(names)} sum to {total}: give numbers around 1")
+    for name, weight in zip(names, weights, strict=True):
+        if weight > 0 and weight / total < LEAST_SHARE:
+            raise DataError(
+                f"data source {name} has a share of {weight / total:.1e}, less than {LEAST_SHARE:.1e}, the least that"
+                " can be drawn: raise its weight or epochs, or remove it"
+            )
+
+
 class Mixture:
     """The order in which weighted sources take their turns."""
 
     def __init__(self, weights: Sequence[float], seed: int):
         """
         Args:
-            weights: One non-negative number per source, in any unit.
+            weights: One number per source, in any unit, that check_weights lets pass.
             seed: Where in the low-discrepancy sequence the run starts.
-
-        Raises:
-            DataError: A weight is negative or all are 0.
         """
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise DataError(
-                f"weights of the data sources must not be negative, and one must be positive: {list(weights)}"
-            )
         total = sum(weights)
-        for number, weight in enumerate(weights):
-            if 0 < weight / total < 1 / MODULUS:
-                raise DataError(
-                    f"data source {number} has a share of {weight / total:.1e}, less than {1 / MODULUS:.1e}, the least"
-                    " that can be drawn: raise its weight or remove it"
-                )
         self.shares = [weight / total for weight in weights]
         self._bounds = [0, *(round(MODULUS * part / total) for part in accumulate(weights))]
         self._offset = (seed * 0x9E3779B97F4A7C15) % MODULUS

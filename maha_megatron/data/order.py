@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,11 +93,7 @@ class SourceOrder:
         self._passes = self._needed_passes()
         self._lengths_digest = hashlib.blake2b(np.ascontiguousarray(lengths).data).hexdigest()
         self._epochs: dict[int, EpochIndex] = {}
-        if packing == "concatenate":
-            self.samples_per_epoch = (self.tokens * self._passes - 1) // sequence_tokens
-        else:
-            self.samples_per_epoch = len(self.epoch(0))
-        if self.samples_per_epoch == 0:
+        if not self._holds_a_row():
             raise DataError(self._too_few())
 
     def _needed_passes(self) -> int:
@@ -106,6 +104,22 @@ class SourceOrder:
         if self.tokens == 0 or (self.tokens < needed and self._split == "validation"):
             raise DataError(self._too_few())
         return -(-needed // self.tokens)
+
+    def _holds_a_row(self) -> bool:
+        """Whether a document has two tokens, the second to be predicted from the first."""
+        if self._packing == "concatenate" or self.tokens > self.documents:
+            return True
+        return bool((np.diff(document_edges(self.pair, self._first_document, self.documents)) > 1).any())
+
+    @cached_property
+    def samples_per_epoch(self) -> int:
+        """Samples of an epoch. With best_fit its index tells, which is built if this node has none."""
+        return self.expected_samples if self._packing == "concatenate" else len(self.epoch(0))
+
+    @property
+    def expected_samples(self) -> int:
+        """samples_per_epoch, as far as it is known without an index: with best_fit, about."""
+        return max(1, (self.tokens * self._passes - 1) // self._sequence_tokens)
 
     def _too_few(self) -> str:
         advice = "use more data or a smaller data.sequence_tokens"
@@ -147,14 +161,13 @@ class SourceOrder:
         starts = self.epoch(0).arrays["sample_index"][1:-1]
         return int(np.count_nonzero(starts[:, 1]))
 
-    def last_tokens(self, documents: int) -> list[int]:
-        """The last token of each of the first so many documents that are not empty."""
-        ends = []
-        for number in range(self._first_document, self._first_document + min(documents, self.documents)):
+    def last_tokens(self, documents: int) -> Iterator[tuple[int, int]]:
+        """Number and last token of so many documents, evenly spaced, or of all; empty ones are passed over."""
+        for place in range(min(documents, self.documents)):
+            number = self._first_document + place * self.documents // min(documents, self.documents)
             begin, end = self.pair.index.document_tokens(number)
             if end > begin:
-                ends.append(int(self.pair.read(end - 1, end)[0]))
-        return ends
+                yield number, int(self.pair.read(end - 1, end)[0])
 
     def read(self, sample: int) -> list[np.ndarray]:
         """The runs of tokens of one sample.
@@ -204,17 +217,9 @@ class SourceOrder:
         """Whether its indexes are files."""
         return self.documents + self.tokens // self._sequence_tokens >= STORED_ITEMS
 
-    def _open_epoch(self, epoch: int) -> EpochIndex:
-        plan = EpochPlan(
-            packing=self._packing,
-            first_document=self._first_document,
-            documents=self.documents,
-            passes=self._passes,
-            sequence_tokens=self._sequence_tokens,
-            seed=int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]),
-        )
-        if not self.is_stored:
-            return build_index(self.pair, plan)
+    def store_epoch(self, epoch: int) -> Path:
+        """The folder with the index of an epoch, built if this node has none. Only where indexes are stored."""
+        plan = self._plan(epoch)
         description = {
             "plan": asdict(plan),
             "lengths": self._lengths_digest,
@@ -228,7 +233,22 @@ class SourceOrder:
             save_index(build_index(self.pair, plan), partial, description)
 
         complete_folder(folder, fill)
-        return open_index(self.pair, self._packing, folder)
+        return folder
+
+    def _open_epoch(self, epoch: int) -> EpochIndex:
+        if not self.is_stored:
+            return build_index(self.pair, self._plan(epoch))
+        return open_index(self.pair, self._packing, self.store_epoch(epoch))
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        return EpochPlan(
+            packing=self._packing,
+            first_document=self._first_document,
+            documents=self.documents,
+            passes=self._passes,
+            sequence_tokens=self._sequence_tokens,
+            seed=int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]),
+        )
 
 
 def _key(description: dict[str, Any]) -> str:

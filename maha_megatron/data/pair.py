@@ -3,7 +3,8 @@
 import mmap
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from maha_megatron.data.checksums import CHUNK_BYTES, file_sha256, read_checksum
 from maha_megatron.data.layout import REBUILD, PairIndex, map_tokens, read_index
 from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.errors import DataError
+
+CHECKED_AT_ONCE = 1 << 22
 
 
 class Pair:
@@ -63,15 +66,22 @@ class Pair:
             self._check(begin * self._tokens.itemsize, end * self._tokens.itemsize)
         return self._tokens[begin:end]
 
-    def check_all(self) -> None:
+    def check_all(self, advance: Callable[[int], object] = lambda num_bytes: None) -> None:
         """Check every token.
+
+        Args:
+            advance: Called with bytes of the .bin that were checked.
 
         Raises:
             DataError: One is not what was written, or the pair has no checksums.
         """
         if self._unchecked is None:
             raise DataError(f"{self.prefix} has no checksums to check its tokens by: it was made by another tool")
-        self._check(0, self.index.bin_bytes)
+        for begin in range(0, self.index.bin_bytes, CHECKED_AT_ONCE):
+            end = min(begin + CHECKED_AT_ONCE, self.index.bin_bytes)
+            _expect_all(self._stream.fileno(), begin, end)
+            self._check(begin, end)
+            advance(end - begin)
 
     def _check(self, begin: int, end: int) -> None:
         """Check the chunks that hold bytes [begin, end) and were not checked before."""
@@ -81,11 +91,14 @@ class Pair:
                 at = chunk * CHUNK_BYTES
                 content = os.pread(self._stream.fileno(), CHUNK_BYTES, at)
                 if zlib.crc32(content) != self._checksums[chunk]:
-                    raise DataError(
-                        f"{self.prefix}.bin is damaged between byte {at} and {at + CHUNK_BYTES}: its content is not"
-                        f" what the manifest's checksums say; {REBUILD}"
-                    )
+                    raise damaged(self.prefix, chunk)
                 self._unchecked[chunk] = False
+
+
+def _expect_all(file: int, begin: int, end: int) -> None:
+    """Ask the system to read bytes [begin, end) ahead."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _expect_random_access(file: int, tokens: np.memmap) -> None:
@@ -96,22 +109,68 @@ def _expect_random_access(file: int, tokens: np.memmap) -> None:
         tokens._mmap.madvise(mmap.MADV_RANDOM)
 
 
+@dataclass(frozen=True)
+class PairFiles:
+    """What lies beside the tokens of a pair, checked against each other."""
+
+    index: PairIndex
+    manifest: Manifest | None
+    """None: the pair was made by another tool, and nothing but its index speaks of its tokens."""
+    checksums: np.ndarray | None
+    """uint32 [chunks of the .bin]; None where the manifest names none."""
+    counts: np.ndarray | None
+    """int64 [vocabulary]: how often each token occurs; there where the checksums are."""
+
+
+def read_pair_files(prefix: str | Path) -> PairFiles:
+    """Read all files of a pair but its .bin, of which the size is checked. It may hold no tokens.
+
+    Raises:
+        DataError: The pair is missing, damaged, or not the one that its manifest describes.
+    """
+    index, manifest = read_index(prefix), read_manifest(prefix)
+    if manifest is None:
+        return PairFiles(index, None, None, None)
+    _check_against(manifest, index)
+    if not manifest.checksums_sha256:
+        return PairFiles(index, manifest, None, None)
+    return PairFiles(index, manifest, *read_checksums(prefix, manifest.checksums_sha256))
+
+
 def open_pair(prefix: str | Path) -> Pair:
     """Open `prefix`.bin and `prefix`.idx.
 
     Raises:
-        DataError: The pair is missing, without tokens, damaged, or not the one that its manifest describes.
+        DataError: As read_pair_files, or the pair holds no tokens.
     """
-    index = read_index(prefix)
-    if index.tokens == 0:
-        raise DataError(f"{index.path} holds no tokens: the corpus it was made from was empty; {REBUILD}")
-    manifest = read_manifest(prefix)
-    checksums = None
-    if manifest:
-        _check_against(manifest, index)
-        if manifest.checksums_sha256:
-            checksums, _ = read_checksums(prefix, manifest.checksums_sha256)
-    return Pair(str(prefix), index, checksums)
+    files = read_pair_files(prefix)
+    if files.index.tokens == 0:
+        raise DataError(f"{files.index.path} holds no tokens: the corpus it was made from was empty; {REBUILD}")
+    return Pair(str(prefix), files.index, files.checksums)
+
+
+def check_pair(prefix: str | Path, advance: Callable[[int], object]) -> None:
+    """Check all that the manifest of a pair vouches for. The pair may hold no tokens.
+
+    Args:
+        prefix: Path of the pair without its ending.
+        advance: Called with bytes of the .bin that were checked.
+
+    Raises:
+        DataError: As read_pair_files, or a token is not what was written.
+    """
+    files = read_pair_files(prefix)
+    if files.checksums is not None and files.index.tokens:
+        Pair(str(prefix), files.index, files.checksums).check_all(advance)
+
+
+def damaged(prefix: str | Path, chunk: int) -> DataError:
+    """The error for a chunk of a .bin that is not what was written."""
+    at = chunk * CHUNK_BYTES
+    return DataError(
+        f"{prefix}.bin is damaged between byte {at} and {at + CHUNK_BYTES}: its content is not what the manifest's"
+        f" checksums say; {REBUILD}"
+    )
 
 
 def _check_against(manifest: Manifest, index: PairIndex) -> None:

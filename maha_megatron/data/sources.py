@@ -1,19 +1,21 @@
 """Opening the sources of a run and checking them against it and against each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from maha_megatron.config.schema import Config, Source
 from maha_megatron.data.manifest import Manifest, read_manifest
+from maha_megatron.data.mixture import check_weights
 from maha_megatron.data.order import SourceOrder
 from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.errors import DataError
 
 SPLITS = ("train", "validation")
-ENDS_CHECKED = 64
-"""Documents whose last token is looked at when a source is opened."""
+ENDS_CHECKED = 1 << 14
+"""Documents, evenly spaced, whose last token is looked at when a source without a manifest is opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,20 @@ class OpenSources:
 
     split: str
     tokenizer: TokenizerIdentity
+    asked: Sequence[Source]
+    """Each as it stands in the configuration."""
     orders: Sequence[SourceOrder]
-    weights: Sequence[float]
-    """Relative share of the samples of each."""
     texts: Sequence[str | None]
     """What stands for the text of each; None where no manifest tells."""
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """Relative share of the samples of each: as given, or in proportion to what so many epochs of each hold.
+
+        Raises:
+            DataError: They cannot be drawn.
+        """
+        return _weights(self.asked, self.orders, lambda order: order.samples_per_epoch)
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +65,7 @@ class OpenSources:
 
 
 def open_sources(config: Config, split: str) -> OpenSources:
-    """Open the sources of a split.
+    """Open the sources of a split and check all that can be refused of them. No index is built.
 
     Args:
         config: The run; `data`, `run.seed`, `run.folder` and `model.vocabulary` are read.
@@ -81,17 +92,22 @@ def open_sources(config: Config, split: str) -> OpenSources:
     ]
     if config.data.document_bounds:
         for order in orders:
-            _check_document_ends(order, tokenizer.end_of_document)
+            _check_document_ends(order, manifests[order.prefix], tokenizer.end_of_document)
+    _weights(sources, orders, lambda order: order.expected_samples)  # refuses those that cannot be drawn
     texts = [manifests[source.prefix] and manifests[source.prefix].text_digest[:16] for source in sources]
-    return OpenSources(split=split, tokenizer=tokenizer, orders=orders, weights=_weights(sources, orders), texts=texts)
+    return OpenSources(split=split, tokenizer=tokenizer, asked=sources, orders=orders, texts=texts)
 
 
-def _weights(sources: Sequence[Source], orders: Sequence[SourceOrder]) -> list[float]:
+def _weights(
+    sources: Sequence[Source], orders: Sequence[SourceOrder], samples: Callable[[SourceOrder], int]
+) -> list[float]:
     """Weights as given; where epochs are, in proportion to what so many epochs of each source hold."""
-    return [
-        source.epochs * order.samples_per_epoch if source.epochs else source.weight
+    weights = [
+        source.epochs * samples(order) if source.epochs else source.weight
         for source, order in zip(sources, orders, strict=True)
     ]
+    check_weights([source.prefix for source in sources], weights)
+    return weights
 
 
 def _sources(config: Config, split: str) -> tuple[tuple[Source, ...], tuple[float, float]]:
@@ -139,11 +155,20 @@ def _checked_tokenizer(config: Config, manifests: Mapping[str, Manifest | None])
     return TokenizerIdentity(fingerprint=fingerprint, end_of_document=end_of_document)
 
 
-def _check_document_ends(order: SourceOrder, end_of_document: int) -> None:
-    """Refuse a source none of whose documents ends where the run believes documents to end."""
-    if not any(last == end_of_document for last in order.last_tokens(ENDS_CHECKED)):
+def _check_document_ends(order: SourceOrder, manifest: Manifest | None, end_of_document: int) -> None:
+    """Refuse a source with documents that have no end: by its manifest, or else by the documents themselves."""
+    advice = (
+        "preprocess it again with --append-eod and the tokenizer of the run, or set data.document_bounds=false to let"
+        " attention run over documents"
+    )
+    if manifest and not manifest.end_appended:
         raise DataError(
-            f"no document of {order.prefix} ends with the end-of-document token {end_of_document}: it was preprocessed"
-            " without --append-eod or with another tokenizer; preprocess it again, or set data.document_bounds=false"
-            " to let attention run over documents"
+            f"{order.prefix} was preprocessed without --append-eod, so nothing tells where its documents end: {advice}"
         )
+    if manifest is None:
+        for document, last in order.last_tokens(ENDS_CHECKED):
+            if last != end_of_document:
+                raise DataError(
+                    f"document {document} of {order.prefix} ends with token {last}, not with the end-of-document token"
+                    f" {end_of_document}: {advice}"
+                )

@@ -48,6 +48,8 @@ def train(config: Config, *, allow_program: str | None = None) -> int:
     state, last = start_or_resume(engine, config, training_data.identity), config.train.steps
     step_samples = config.train.global_batch_samples
     planned_samples = state.consumed_samples + (last - state.step) * step_samples
+    training_data.build_indexes(state.consumed_samples, planned_samples)  # none is built between steps
+    validation_data.build_indexes(0, 0)
     feed = Prefetcher(
         training_data.step_batches,
         consumed_samples=state.consumed_samples,

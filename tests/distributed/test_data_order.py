@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from maha_megatron.config.load import load_config
+from maha_megatron.data import order as order_module
 from maha_megatron.data.batch import MicroBatch
+from maha_megatron.data.prefetch import Prefetcher
 from maha_megatron.parallel import groups
 from maha_megatron.train import engine as engine_module
-from maha_megatron.train.loop import train
+from maha_megatron.train import loop as loop_module
 from tests.support.distributed import run_ranks
 from tests.support.runs import (
     ROOT,
@@ -39,7 +41,10 @@ EVERYDAY = ("1 rank, accumulation 4", "2 ranks, accumulation 4")
 
 
 def trace(rank: int, config: str, overrides: list[str], stop: int) -> list[tuple[int, int, torch.Tensor]]:
-    """Train to a step, as a new run would; (step, data rank, its rows) of every step."""
+    """Train to a step, as a new run would; (step, data rank, its rows) of every step.
+
+    Every index is stored, and none is built after the first batch was asked for, although the run crosses epochs.
+    """
     seen: list[tuple[int, int, torch.Tensor]] = []
     original = engine_module.Engine.step
 
@@ -48,8 +53,15 @@ def trace(rank: int, config: str, overrides: list[str], stop: int) -> list[tuple
         seen.append((place.step, groups.data_rank(), rows))
         return original(self, batches, rate, place, **more)
 
-    engine_module.Engine.step = step
-    train(load_config(config, [*overrides, f"train.steps={stop}"]))
+    def build_late(*_: Any) -> None:
+        raise AssertionError("an index was built between steps")
+
+    def feed(*arguments: Any, **more: Any) -> Prefetcher:
+        order_module.build_index = build_late
+        return Prefetcher(*arguments, **more)
+
+    engine_module.Engine.step, loop_module.Prefetcher, order_module.STORED_ITEMS = step, feed, 0
+    loop_module.train(load_config(config, [*overrides, f"train.steps={stop}"]))
     return seen
 
 

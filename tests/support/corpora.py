@@ -1,7 +1,7 @@
 """Corpora with everything that is odd, tokenizers for them, and what Megatron's own builder makes of them."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from maha_megatron.data.prepare.blocks import LONGEST_BYTES, list_inputs, read_b
 from maha_megatron.data.prepare.encode import write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings
 from maha_megatron.data.prepare.tokenizer_training import stretches, train_sentencepiece
-from maha_megatron.data.tokenizer import load_tokenizer
 
 WORDS = "the of model to learn scale token in window is block attention for row by key sum with path 0 1 42 {} () ="
 ODD_TEXTS = [
@@ -106,17 +105,50 @@ def byte_level_bpe(folder: Path) -> tuple[str, str]:
 def megatron_pair(
     prefix: Path, texts: Iterable[str], tokenizer: str, merges: str | None = None, *, append_end: bool = True
 ) -> None:
-    """What Megatron's tools/preprocess_data.py writes: one document after another through its own builder."""
-    model = load_tokenizer(tokenizer, merges)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(model.vocabulary))
+    """What Megatron's tools/preprocess_data.py writes: one document after another through its own builder.
+
+    The ids come from sentencepiece or transformers themselves; no code of ours stands between the text and the bytes.
+    """
+    encode, end, vocabulary = _sentencepiece_itself(tokenizer) if merges is None else _gpt2_itself(tokenizer)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocabulary))
     for text in texts:
-        ids = model.encode(text.encode("utf-8", "replace").decode())
+        ids = encode(text.encode("utf-8", "replace").decode())
         lengths = [len(ids)] if ids else []
         if ids and append_end:
-            ids.append(model.end_of_document)
+            ids.append(end)
             lengths[-1] += 1
         builder.add_document(np.array(ids), lengths)
     builder.finalize(f"{prefix}.idx")
+
+
+def _sentencepiece_itself(model: str) -> tuple[Callable[[str], list[int]], int, int]:
+    """Text to ids, the end's id and the size of the vocabulary, as Megatron's SentencePieceTokenizer has them.
+
+    One thing differs from the package: it reads the character that it writes for a space as one, and we keep it, as the
+    three bytes that it is.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    plain = SentencePieceProcessor(model_file=model)
+    kept = [plain.piece_to_id(name) for name in ("<0xE2>", "<0x96>", "<0x81>")]
+
+    def encode(text: str) -> list[int]:
+        first, *rest = map(plain.encode_as_ids, text.split("\u2581"))
+        return first + [token for part in rest for token in (*kept, *part)]
+
+    return encode, plain.eos_id(), plain.get_piece_size()
+
+
+def _gpt2_itself(vocab: str) -> tuple[Callable[[str], list[int]], int, int]:
+    """As _sentencepiece_itself, of Megatron's GPT2BPETokenizer, which looks for no control tokens in text either."""
+    from transformers import GPT2TokenizerFast
+
+    plain = GPT2TokenizerFast.from_pretrained(str(Path(vocab).parent), local_files_only=True)
+
+    def encode(text: str) -> list[int]:
+        return plain(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    return encode, plain.eos_token_id, len(plain)
 
 
 def settings_for(tokenizer: str, merges: str | None = None, **changes) -> EncodingSettings:

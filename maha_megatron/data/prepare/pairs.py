@@ -1,10 +1,14 @@
-"""Merging and splitting pairs in constant memory, with 64-bit offsets; holes of sparse files stay holes."""
+"""Merging and splitting pairs in constant memory, with 64-bit offsets; holes of sparse files stay holes.
+
+What has a manifest is checked while it is copied, so that no damage gets checksums of its own.
+"""
 
 import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,11 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maha_megatron.data import writing
-from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256, read_checksums
-from maha_megatron.data.layout import PairIndex, read_index
-from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from maha_megatron.data.checksums import CHUNK_BYTES, TokenSums, entropy_nats, file_sha256
+from maha_megatron.data.layout import REBUILD, PairIndex
+from maha_megatron.data.manifest import Manifest, bad_lines_path, write_manifest
+from maha_megatron.data.pair import PairFiles, damaged, read_pair_files
 from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.index_file import in_chunks, write_index
+from maha_megatron.data.prepare.work_folder import new_pair
 from maha_megatron.data.writing import settle, whole_file
 from maha_megatron.errors import DataError
 
@@ -28,9 +34,13 @@ class _Part:
     """Documents [first, last) of a pair."""
 
     prefix: Path
-    index: PairIndex
+    files: PairFiles
     first: int
     last: int
+
+    @property
+    def index(self) -> PairIndex:
+        return self.files.index
 
     @property
     def sequences(self) -> tuple[int, int]:
@@ -60,40 +70,39 @@ def merge_pairs(
         The manifest; None where an input has none, since then nobody knows the tokenizer.
 
     Raises:
-        DataError: A pair is damaged or of another dtype or tokenizer, or the output cannot be written.
+        DataError: A pair is damaged, or of another dtype or tokenizer or without ends where others have them, or the
+            output is an input or cannot be written.
     """
-    parts = []
-    for prefix in prefixes:
-        index = read_index(prefix)
-        parts.append(_Part(prefix, index, 0, len(index.documents) - 1))
-        if Path(output).resolve() == Path(prefix).resolve():
-            raise DataError(f"{output} is an input of the merge too: write to another name")
-    manifests = [read_manifest(prefix) for prefix in prefixes]
+    files = [read_pair_files(prefix) for prefix in prefixes]
+    parts = [_Part(p, f, 0, len(f.index.documents) - 1) for p, f in zip(prefixes, files, strict=True)]
+    _refuse_inputs(prefixes, [output])
+    manifests = [part.files.manifest for part in parts]
     _check_of_one_kind(parts, manifests)
     known = all(manifests)
-    counted = known and all(manifest.checksums_sha256 for manifest in manifests)
+    counted = all(part.files.counts is not None for part in parts)
     sums = TokenSums(manifests[0].vocabulary if known else 0)
-    _write_documents(parts, output, sums, advance, count=known and not counted)
-    if not known:
-        return None
-    if counted:
-        for prefix, manifest in zip(prefixes, manifests, strict=True):
-            sums.counts += read_checksums(prefix, manifest.checksums_sha256)[1]
+    with new_pair(output) as pair:
+        _write_documents(parts, pair, sums, advance, count=known and not counted)
+        _join_bad_lines(prefixes, pair)
+        if not known:
+            return None
+        if counted:
+            sums.counts = sum(part.files.counts for part in parts)
+        return _describe(pair, sums, _merged(manifests, arguments))
+
+
+def _merged(manifests: Sequence[Manifest], arguments: dict[str, Any]) -> Manifest:
+    """What is known of pairs together, before the files of the new one are."""
     text_bytes = [manifest.text_bytes for manifest in manifests]
-    return _describe(
-        output,
-        sums,
-        replace(
-            manifests[0],
-            end_appended=all(manifest.end_appended for manifest in manifests),
-            documents=sum(manifest.documents for manifest in manifests),
-            tokens=sum(manifest.tokens for manifest in manifests),
-            text_bytes=None if None in text_bytes else sum(text_bytes),
-            text_digest=_joined_digest(manifests),
-            sources=_joined_sources(manifests),
-            bad_lines=_added([manifest.bad_lines for manifest in manifests]),
-            arguments=arguments,
-        ),
+    return replace(
+        manifests[0],
+        documents=sum(manifest.documents for manifest in manifests),
+        tokens=sum(manifest.tokens for manifest in manifests),
+        text_bytes=None if None in text_bytes else sum(text_bytes),
+        text_digest=_joined_digest(manifests),
+        sources=_joined_sources(manifests),
+        bad_lines=_added([manifest.bad_lines for manifest in manifests]),
+        arguments=arguments,
     )
 
 
@@ -104,34 +113,42 @@ def split_pair(
 
     Args:
         prefix: Path of the pair without its ending.
-        outputs: Path of each new pair and how many documents it takes; together all of them.
+        outputs: Path of each new pair and how many documents it takes; together all of them. All or nothing.
         arguments: Kept in the manifests.
         advance: As in merge_pairs.
 
     Raises:
-        DataError: The pair is damaged, or an output cannot be written.
+        DataError: The pair is damaged, or an output is the pair itself or cannot be written.
     """
-    index, manifest, first = read_index(prefix), read_manifest(prefix), 0
-    for output, documents in outputs:
-        part = _Part(prefix, index, first, first + documents)
-        sums = TokenSums(manifest.vocabulary if manifest else 0)
-        _write_documents([part], output, sums, advance, count=manifest is not None)
-        if manifest:
-            begin, end = part.bytes
-            share = {"documents": [first, first + documents], "of": manifest.text_digest}
-            part_of = replace(
-                manifest,
-                documents=documents,
-                tokens=(end - begin) // index.item_type.itemsize,
-                text_bytes=None,
-                text_digest=_hashed(manifest.text_digest, first, first + documents),
-                sources=(),
-                bad_lines={},
-                arguments={**arguments, "part": share},
-            )
-            _describe(output, sums, part_of)
-        first += documents
-    assert first == len(index.documents) - 1
+    files, first = read_pair_files(prefix), 0
+    manifest = files.manifest
+    _refuse_inputs([prefix], [output for output, _ in outputs])
+    with ExitStack() as made:  # they get their names together, when all are written
+        for output, documents in outputs:
+            part = _Part(prefix, files, first, first + documents)
+            sums = TokenSums(manifest.vocabulary if manifest else 0)
+            pair = made.enter_context(new_pair(output))
+            _write_documents([part], pair, sums, advance, count=manifest is not None)
+            if manifest:
+                _describe(pair, sums, _part_of(manifest, part, arguments))
+            first += documents
+        assert first == len(files.index.documents) - 1
+
+
+def _part_of(manifest: Manifest, part: _Part, arguments: dict[str, Any]) -> Manifest:
+    """What is known of a part of a pair, before its files are."""
+    begin, end = part.bytes
+    share = {"documents": [part.first, part.last], "of": manifest.text_digest}
+    return replace(
+        manifest,
+        documents=part.last - part.first,
+        tokens=(end - begin) // part.index.item_type.itemsize,
+        text_bytes=None,
+        text_digest=_hashed(manifest.text_digest, part.first, part.last),
+        sources=(),
+        bad_lines={},
+        arguments={**arguments, "part": share},
+    )
 
 
 def _describe(output: Path, sums: TokenSums, manifest: Manifest) -> Manifest:
@@ -147,6 +164,18 @@ def _describe(output: Path, sums: TokenSums, manifest: Manifest) -> Manifest:
     return manifest
 
 
+def _refuse_inputs(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Refuse outputs whose files are an input's, under whatever name: they would be overwritten while read."""
+    read = {path for prefix in inputs for path in _files(prefix)}
+    for output in outputs:
+        if read & _files(output):
+            raise DataError(f"{output} is an input too: write to another name")
+
+
+def _files(prefix: Path) -> set[Path]:
+    return {Path(f"{prefix}.{ending}").resolve() for ending in ("bin", "idx")}
+
+
 def _check_of_one_kind(parts: Sequence[_Part], manifests: Sequence[Manifest | None]) -> None:
     first = parts[0]
     for part in parts:
@@ -157,9 +186,14 @@ def _check_of_one_kind(parts: Sequence[_Part], manifests: Sequence[Manifest | No
             )
     known = [(part.prefix, manifest) for part, manifest in zip(parts, manifests, strict=True) if manifest]
     for prefix, manifest in known:
-        if manifest.tokenizer_fingerprint != known[0][1].tokenizer_fingerprint:
+        other, first_manifest = known[0]
+        if manifest.tokenizer_fingerprint != first_manifest.tokenizer_fingerprint:
+            raise DataError(f"{prefix} was made with another tokenizer than {other}: preprocess one of them again")
+        if manifest.end_appended != first_manifest.end_appended:
+            without, ended = (prefix, other) if first_manifest.end_appended else (other, prefix)
             raise DataError(
-                f"{prefix} was made with another tokenizer than {known[0][0]}: preprocess one of them again"
+                f"the documents of {without} have no ends and those of {ended} have: preprocess {without} again with"
+                " --append-eod"
             )
 
 
@@ -200,20 +234,25 @@ def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     }
 
 
+def _join_bad_lines(prefixes: Sequence[Path], output: Path) -> None:
+    found = [path for path in map(bad_lines_path, prefixes) if path.is_file()]
+    if found:
+        with whole_file(bad_lines_path(output)) as joined, joined.open("wb") as stream:
+            for path in found:
+                writing.write(stream, path.read_bytes())
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
 def _write_documents(
     parts: Sequence[_Part], output: Path, sums: TokenSums, advance: Callable[[int], object], *, count: bool
 ) -> None:
-    manifest_path(output).unlink(missing_ok=True)
-    bin_path, idx_path = Path(f"{output}.bin"), Path(f"{output}.idx")
-    with whole_file(bin_path) as partial, partial.open("wb") as stream:
+    with Path(f"{output}.bin").open("wb") as stream:
         for part in parts:
             _copy(part, stream, sums, advance, count=count)
         stream.truncate(stream.tell())  # a hole at the end is there only when the size says so
         settle(stream)
-        idx_path.unlink(missing_ok=True)  # never an old index beside the new tokens
 
     def lengths() -> Iterator[np.ndarray]:
         for part in parts:
@@ -230,7 +269,7 @@ def _write_documents(
             before += last - first
 
     write_index(
-        idx_path,
+        Path(f"{output}.idx"),
         code=parts[0].index.code,
         sequences=sum(part.sequences[1] - part.sequences[0] for part in parts),
         bounds=1 + sum(part.last - part.first for part in parts),
@@ -240,13 +279,17 @@ def _write_documents(
 
 
 def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int], object], *, count: bool) -> None:
-    """Append a part's tokens; holes are passed over."""
+    """Append a part's tokens; holes are passed over. What was read is then held against the part's checksums."""
     begin, end = part.bytes
+    first_chunk, before = divmod(begin, CHUNK_BYTES)
+    read = TokenSums(0)
     with Path(f"{part.prefix}.bin").open("rb", buffering=0) as source:
+        read.add_bytes(os.pread(source.fileno(), before, begin - before))
         while begin < end:
             data = _next(source, begin, os.SEEK_DATA, end)
             target.seek(data - begin, os.SEEK_CUR)
-            sums.add_zeros(data - begin)
+            for taken in (read, sums):
+                taken.add_zeros(data - begin)
             if count:
                 sums.counts[0] += (data - begin) // part.index.item_type.itemsize
             advance(data - begin)
@@ -255,14 +298,29 @@ def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int
             while data < begin:
                 content = source.read(min(COPIED_AT_ONCE, begin - data))
                 if not content:
-                    raise DataError(f"{part.prefix}.bin became shorter while it was read")
-                writing.write(target, content)
+                    raise _became_shorter(source)
+                read.add_bytes(content)
                 if count:
-                    sums.add(np.frombuffer(content, dtype=part.index.item_type))
-                else:
-                    sums.add_bytes(content)
+                    _count(part, sums, content)
+                sums.add_bytes(content)
+                writing.write(target, content)
                 advance(len(content))
                 data += len(content)
+        read.add_bytes(os.pread(source.fileno(), -end % CHUNK_BYTES, end))
+    if part.files.checksums is not None:
+        written = part.files.checksums[first_chunk : first_chunk + len(read.crc32)]
+        for chunk in np.flatnonzero(read.crc32 != written):
+            raise damaged(part.prefix, first_chunk + int(chunk))
+
+
+def _count(part: _Part, sums: TokenSums, content: bytes) -> None:
+    tokens = np.frombuffer(content, dtype=part.index.item_type)
+    if tokens.min() < 0 or tokens.max() >= sums.counts.size:
+        raise DataError(
+            f"{part.prefix}.bin is damaged: it holds token ids that are none of the {sums.counts.size} of its manifest;"
+            f" {REBUILD}"
+        )
+    sums.counts += np.bincount(tokens, minlength=sums.counts.size)
 
 
 def _next(source: BinaryIO, position: int, what: int, end: int) -> int:
@@ -272,6 +330,12 @@ def _next(source: BinaryIO, position: int, what: int, end: int) -> int:
     try:
         return min(os.lseek(source.fileno(), position, what), end)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # no data up to the end of the file
-            return end
-        return position if what == os.SEEK_DATA else end
+        if error.errno != errno.ENXIO:
+            return position if what == os.SEEK_DATA else end
+        if os.fstat(source.fileno()).st_size < end:  # what is missing is no hole
+            raise _became_shorter(source) from error
+        return end
+
+
+def _became_shorter(source: BinaryIO) -> DataError:
+    return DataError(f"{source.name} became shorter while it was read: let nothing else write to it, and run again")

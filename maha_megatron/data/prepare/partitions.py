@@ -11,16 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maha_megatron.data import writing
-from maha_megatron.data.checksums import checksums_path
-from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.data.prepare.blocks import InputFile, divide, read_blocks
 from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
+from maha_megatron.data.prepare.finished import finished_pair
 from maha_megatron.data.prepare.pairs import merge_pairs
-from maha_megatron.data.prepare.spool import Spool, bad_lines_path, remove_leftover
-from maha_megatron.data.prepare.stage import finished_record
-from maha_megatron.data.writing import whole_file
+from maha_megatron.data.prepare.spool import Spool
+from maha_megatron.data.prepare.work_folder import remove_leftover
 from maha_megatron.errors import DataError, MahaError
 
 QUEUE_WAIT_S = 0.2
@@ -66,14 +64,13 @@ def write_in_partitions(
         for process in running.values():
             process.terminate()
             process.join()
-    manifest = merge_pairs(names, prefix, arguments=arguments, advance=lambda num_bytes: None)
-    _join_bad_lines(names, prefix)
-    for name in names:
-        remove_pair(name)
-    if manifest.tokens == 0:
-        remove_pair(prefix)
+    has_text = any(read_manifest(name).tokens for name in names)
+    if has_text:
+        merge_pairs(names, prefix, arguments=arguments, advance=lambda num_bytes: None)
+    remove_leftover(prefix)
+    if not has_text:
         raise DataError(NO_TEXT)
-    return manifest
+    return read_manifest(prefix)
 
 
 def _watch(
@@ -124,9 +121,9 @@ def _write_partition(
         tell("progress", (spool.documents, spool.text_bytes, spool.read_bytes))
 
     try:
-        outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if not finished_record(manifest_path(prefix), outputs, arguments):
-            write_pair(
+        manifest = finished_pair(prefix, arguments, advance=lambda num_bytes: None, say=lambda text: tell("say", text))
+        if manifest is None:
+            manifest = write_pair(
                 partial(read_blocks, files, settings.key, longest_bytes=settings.longest_bytes),
                 prefix,
                 settings=settings,
@@ -137,7 +134,6 @@ def _write_partition(
                 revisions=revisions,
                 allow_empty=True,
             )
-        manifest = read_manifest(prefix)
         tell("progress", (manifest.documents, manifest.text_bytes, sum(map(_part_bytes, files))))
         tell("done")
     except MahaError as error:
@@ -146,21 +142,3 @@ def _write_partition(
 
 def _part_bytes(file: InputFile) -> int:
     return (file.path.stat().st_size if file.stop is None else file.stop) - file.start
-
-
-def _join_bad_lines(parts: Sequence[Path], prefix: Path) -> None:
-    found = [bad_lines_path(part) for part in parts if bad_lines_path(part).is_file()]
-    bad_lines_path(prefix).unlink(missing_ok=True)
-    if found:
-        with whole_file(bad_lines_path(prefix)) as joined, joined.open("wb") as stream:
-            for path in found:
-                writing.write(stream, path.read_bytes())
-
-
-def remove_pair(prefix: Path) -> None:
-    """Remove a pair and what lies beside it, the manifest first."""
-    remove_leftover(prefix)
-    for path in (manifest_path(prefix), checksums_path(prefix), bad_lines_path(prefix)):
-        path.unlink(missing_ok=True)
-    for ending in ("bin", "idx"):
-        Path(f"{prefix}.{ending}").unlink(missing_ok=True)

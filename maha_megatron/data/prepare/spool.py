@@ -1,13 +1,11 @@
 """A pair that is being written: what is there survives a kill, and only the finished pair gets the final names.
 
-The folder <prefix>.partial holds the tokens, the lengths of the documents, the bad lines, and state.json, which says
-how much of each is valid and where reading goes on. It is replaced whole, after what it speaks of is on the disk.
+The work folder holds the tokens, the lengths of the documents, the bad lines, and state.json, which says how much of
+each is valid and where reading goes on. It is replaced whole, after what it speaks of is on the disk.
 """
 
-import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,17 +18,18 @@ import numpy as np
 from maha_megatron.data import writing
 from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256
 from maha_megatron.data.layout import ITEM_TYPES
-from maha_megatron.data.manifest import Manifest, SourceRecord, manifest_path, write_manifest
+from maha_megatron.data.manifest import Manifest, SourceRecord, bad_lines_path, manifest_path, write_manifest
 from maha_megatron.data.prepare.blocks import Position
 from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.encoding import EncodedBlock
 from maha_megatron.data.prepare.index_file import CHUNK_ITEMS, token_code, write_index
+from maha_megatron.data.prepare.work_folder import WorkFolder
 from maha_megatron.data.tokenizer import Tokenizer
 from maha_megatron.data.writing import cannot_write, settle, write_whole
-from maha_megatron.errors import DataError
 
 COMMIT_INTERVAL_S = 2.0
-FILES = ("tokens", "lengths", "bad")
+TOKENS = "pair.bin"
+FILES = (TOKENS, "lengths", "bad")
 LENGTH = np.dtype("<i4")
 
 
@@ -49,7 +48,8 @@ class Spool:
     def __init__(self, prefix: Path, tokenizer: Tokenizer, arguments: dict[str, Any]):
         self.prefix, self._tokenizer = prefix, tokenizer
         self._arguments = json.loads(json.dumps(arguments))
-        self._folder = _folder(prefix)
+        self._work = WorkFolder(prefix)
+        self._folder = self._work.path
         self._state_path = self._folder / "state.json"
         self.code = token_code(tokenizer.vocabulary)
         self._sums = TokenSums(tokenizer.vocabulary)
@@ -57,8 +57,6 @@ class Spool:
         self.sources: list[SourceRecord] = []
         self._streams: dict[str, Any] = {}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
             self._resume()
         except OSError as error:
             raise cannot_write(self._folder, error) from error
@@ -85,7 +83,7 @@ class Spool:
             DataError: It cannot be written; what was committed stays for the next run.
         """
         try:
-            writing.write(self._streams["tokens"], memoryview(block.ids).cast("B"))
+            writing.write(self._streams[TOKENS], memoryview(block.ids).cast("B"))
             writing.write(self._streams["lengths"], block.lengths.astype(LENGTH).tobytes())
             for bad in block.bad:
                 writing.write(self._streams["bad"], (json.dumps(asdict(bad)) + "\n").encode())
@@ -99,7 +97,7 @@ class Spool:
             raise cannot_write(self._folder, error) from error
 
     def finish(self, revisions: dict[str, tuple[str, str]]) -> Manifest:
-        """Give the pair its final names.
+        """Give the pair its final names; an old pair that has them goes.
 
         Args:
             revisions: Licence and revision of inputs, by their names, where given.
@@ -107,20 +105,26 @@ class Spool:
         Raises:
             DataError: A file cannot be written.
         """
+        pair = self._work.pair
         try:
             self._commit()
-            bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
-            bin_path.unlink(missing_ok=True)  # an old one beside the new index would be a pair of two halves
-            self._write_index(idx_path)
-            checksums = self._sums.save(self.prefix)
-            os.replace(self._folder / "tokens", bin_path)
-            self._keep_bad_lines()
+            self._write_index(Path(f"{pair}.idx"))
+            checksums = self._sums.save(pair)
+            if self.bad_lines:
+                write_whole(bad_lines_path(pair), (self._folder / "bad").read_bytes())
+            manifest = self._manifest(revisions, file_sha256(Path(f"{pair}.idx")), checksums)
+            write_manifest(pair, manifest)
+            self._close_streams()
+            self._work.publish()
         except OSError as error:
             raise cannot_write(self.prefix, error) from error
+        return manifest
+
+    def _manifest(self, revisions: dict[str, tuple[str, str]], index_sha256: str, checksums_sha256: str) -> Manifest:
         digest = TextDigest()
         for source in self.sources:
             digest = digest.join(parse_digest(source.digest))
-        manifest = Manifest(
+        return Manifest(
             tokenizer_fingerprint=self._tokenizer.fingerprint,
             vocabulary=self._tokenizer.vocabulary,
             end_of_document=self._tokenizer.end_of_document,
@@ -132,46 +136,33 @@ class Spool:
             text_digest=digest.hex,
             sources=tuple(_described(source, revisions) for source in self.sources),
             bad_lines=self.bad_lines,
-            index_sha256=file_sha256(idx_path),
-            checksums_sha256=checksums,
+            index_sha256=index_sha256,
+            checksums_sha256=checksums_sha256,
             arguments=self._arguments,
         )
-        write_manifest(self.prefix, manifest)
-        self.discard()
-        return manifest
 
     def discard(self) -> None:
         """Remove the folder."""
-        self.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._close_streams()
+        self._work.discard()
 
     def close(self) -> None:
         """Let go of the files; the folder stays."""
+        self._close_streams()
+        self._work.close()
+
+    def _close_streams(self) -> None:
         for stream in self._streams.values():
             with suppress(OSError):  # what a full disk refused before
                 stream.close()
-        self._lock.close()
 
     # ------------------------------------------------------------------------------------------------ continuing
 
-    def _locked(self) -> Any:
-        lock = (self._folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{self.prefix} is being written by another process; wait for it or stop it") from error
-        except OSError:  # a file system without locks
-            pass
-        return lock
-
     def _resume(self) -> None:
         """Cut the files to what state.json vouches for, or begin anew."""
-        manifest_path(self.prefix).unlink(missing_ok=True)
         state = self._valid_state()
         if state is None:
-            for path in self._folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
+            self._work.clear()
             state = {"sizes": dict.fromkeys(FILES, 0)}
         else:
             self.position, self.read_bytes = Position(*state["position"]), state["read_bytes"]
@@ -189,20 +180,24 @@ class Spool:
             state = json.loads(self._state_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if state["arguments"] != self._arguments:
+        if state["arguments"] != self._arguments or set(state["sizes"]) != set(FILES):
             return None
-        tokens, bin_path = self._folder / "tokens", Path(f"{self.prefix}.bin")
-        if not tokens.exists() and bin_path.exists():  # killed between the last renaming and the manifest
-            os.replace(bin_path, tokens)
+        self._take_back_tokens()
         for name in FILES:
             path = self._folder / name
             if not path.exists() or path.stat().st_size < state["sizes"][name]:
                 return None
         return state
 
+    def _take_back_tokens(self) -> None:
+        """Where the last run was killed while the pair got its names, the manifest last: go on with its tokens."""
+        tokens, bin_path = self._folder / TOKENS, Path(f"{self.prefix}.bin")
+        if not tokens.exists() and bin_path.exists() and not manifest_path(self.prefix).exists():
+            os.replace(bin_path, tokens)
+
     def _add_sums_of_the_past(self) -> None:
         item_type = np.dtype(ITEM_TYPES[self.code])
-        with (self._folder / "tokens").open("rb") as stream:
+        with (self._folder / TOKENS).open("rb") as stream:
             while content := stream.read(CHUNK_ITEMS * item_type.itemsize):
                 self._sums.add(np.frombuffer(content, dtype=item_type))
 
@@ -261,27 +256,6 @@ class Spool:
         with (self._folder / "lengths").open("rb") as stream:
             while content := stream.read(CHUNK_ITEMS * LENGTH.itemsize):
                 yield np.frombuffer(content, dtype=LENGTH)
-
-    def _keep_bad_lines(self) -> None:
-        kept = bad_lines_path(self.prefix)
-        if self.bad_lines:
-            write_whole(kept, (self._folder / "bad").read_bytes())
-        else:
-            kept.unlink(missing_ok=True)
-
-
-def remove_leftover(prefix: Path) -> None:
-    """Remove what a run left that was killed after its last step; only where the pair is finished."""
-    shutil.rmtree(_folder(prefix), ignore_errors=True)
-
-
-def _folder(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.partial")
-
-
-def bad_lines_path(prefix: Path) -> Path:
-    """Where the lines that gave no document are listed, if there are any."""
-    return Path(f"{prefix}.bad_lines.jsonl")
 
 
 def _described(source: SourceRecord, revisions: dict[str, tuple[str, str]]) -> SourceRecord:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maha_megatron.config.schema import Config, Source
+from maha_megatron.config.schema import Config, SkipRange, Source
 from maha_megatron.data.batch import MicroBatch
 from maha_megatron.data.loader import Loader, build_loader
 from maha_megatron.data.manifest import manifest_path
@@ -216,13 +216,24 @@ def test_a_token_outside_the_vocabulary_is_named(
         build(config)
 
 
-def test_documents_that_never_end_are_refused(
-    write_pair: Callable[..., str], make_config: Callable[..., Config]
+def test_documents_without_an_end_are_refused(
+    write_pair: Callable[..., str], make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(write_pair("a", [[5] * 40] * 30))
-    with pytest.raises(DataError, match=r"no document of .* ends with .* token 2.*data\.document_bounds=false"):
-        build(config)
-    build(replace(config, data=replace(config.data, document_bounds=False)))
+    class Model:
+        vocabulary, end_of_document, fingerprint = VOCABULARY, END, "test:1"
+
+    def refused(prefix: str, message: str, **data: str) -> None:
+        config = make_config(write_pair("whole", random_documents(30)), prefix, **data)
+        with pytest.raises(DataError, match=rf"{message}.*with --append-eod.*data\.document_bounds=false"):
+            build(config)
+        build(replace(config, data=replace(config.data, document_bounds=False)))
+
+    monkeypatch.setattr("maha_megatron.data.sources.load_tokenizer", lambda _: Model())
+    documents = random_documents(100)
+    refused(write_pair("a", documents, end_appended=False), "a was preprocessed without --append-eod")
+    documents[57][-1] = 5
+    message = r"document 57 of .*b ends with token 5, not with the end-of-document token 2"
+    refused(write_pair("b", documents, manifest=False), message, tokenizer="the.model")
 
 
 def test_nothing_to_read_is_refused(write_pair: Callable[..., str], make_config: Callable[..., Config]) -> None:
@@ -258,6 +269,29 @@ def test_the_index_lies_in_the_cache_folder_or_the_runs(
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {
         path.name for path in (tmp_path / "run" / "index").iterdir()
     }
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_no_index_is_built_once_those_of_the_run_are(
+    mixed: Config, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    """Skipped samples count too: the range that is left out moves the run's end several epochs on."""
+    monkeypatch.setattr("maha_megatron.data.order.STORED_ITEMS", 0)
+    data = replace(mixed.data, packing=packing, skip=(SkipRange(first=100, last=499),), validation_frac=0.4)
+    loader = build_loader(replace(mixed, data=data), data_parallel_rank=0, data_parallel_size=1)
+    first, last = 80, 400
+    assert loader.build_indexes(first, last) > 20
+    built = len(list(Path(mixed.run.folder, "index").iterdir()))
+    validation = build_loader(replace(mixed, data=data), data_parallel_rank=0, data_parallel_size=1, split="validation")
+    validation.build_indexes(0, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("maha_megatron.data.order.build_index", lambda *_: pytest.fail("an index was built late"))
+        loader = build_loader(replace(mixed, data=data), data_parallel_rank=0, data_parallel_size=1)
+        for consumed in range(first, last, 8):
+            loader.step_batches(consumed)
+        assert validation_of(validation)
+    longer = loader.build_indexes(last, last + 400)
+    assert built < len(list(Path(mixed.run.folder, "index").iterdir())) <= built + 2 + longer
 
 
 def identity(config: Config) -> dict:

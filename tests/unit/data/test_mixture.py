@@ -1,8 +1,9 @@
+import math
 import random
 
 import pytest
 
-from maha_megatron.data.mixture import Mixture, floor_sum
+from maha_megatron.data.mixture import Mixture, check_weights, floor_sum
 from maha_megatron.errors import DataError
 
 
@@ -54,10 +55,20 @@ def test_the_seed_changes_the_turns_and_nothing_else_does() -> None:
     assert turns(Mixture((2, 1), seed=5)) != turns(Mixture((2, 1), seed=6))
 
 
-@pytest.mark.parametrize("weights", [(0, 0), (1, -1, 5)])
-def test_weights_that_mean_nothing_are_refused(weights: tuple[float, ...]) -> None:
-    with pytest.raises(DataError, match="must not be negative, and one must be positive"):
-        Mixture(weights, seed=0)
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((0.0, 0.0), r"data sources a, b sum to 0\.0: give numbers around 1"),
+        ((1e308, 1e308), r"data sources a, b sum to inf: give numbers around 1"),
+        ((1.0, -1.0), r"data source b asks for -1\.0"),
+        ((math.inf, 1.0), r"data source a asks for inf"),
+        ((1.0, math.nan), r"data source b asks for nan"),
+        ((1.0, 1e-13), r"data source b has a share of 1\.0e-13, less than 9\.1e-13"),
+    ],
+)
+def test_weights_that_cannot_be_drawn_are_refused_by_name(weights: tuple[float, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_weights(("a", "b"), weights)
 
 
 def test_extreme_weights_are_drawn_as_asked() -> None:
@@ -67,8 +78,3 @@ def test_extreme_weights_are_drawn_as_asked() -> None:
         assert abs(count - share * 10**11) <= max(5, 0.02 * share * 10**11)
     assert mixture.taken(10**5)[0] <= 1
     assert mixture.taken(10**6)[2] in (9, 10, 11)
-
-
-def test_a_share_that_could_not_be_drawn_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data source 1 has a share of 1\.0e-13, less than 9\.1e-13"):
-        Mixture((1.0, 1e-13), seed=0)

@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -118,7 +119,8 @@ def test_a_last_document_range_holds_the_last_documents(write_pair: Callable[...
     order = open_order(prefix, tmp_path / "cache", document_range=(0.8, 1.0), split="validation")
     assert (order.documents, order.tokens, order.samples_per_epoch) == (4, 4 * S, 3)
     assert set(read(order, range(3))[:, 0]) <= {116, 117, 118, 119}
-    assert order.last_tokens(10) == [END] * 4
+    assert list(order.last_tokens(10)) == [(number, END) for number in (16, 17, 18, 19)]
+    assert [number for number, _ in order.last_tokens(2)] == [16, 18]
 
 
 def test_too_few_tokens_says_how_many_there_are(write_pair: Callable[..., str], tmp_path: Path) -> None:
@@ -185,5 +187,39 @@ def test_partial_folders_of_different_processes_never_meet(tmp_path: Path) -> No
         with pytest.raises(DataError, match="No space left"):
             complete_folder(tmp_path / "x", full_disk)
     assert partial[0] != partial[1]
-    assert all(socket.gethostname() in folder.name for folder in partial)
-    assert [path.name for path in tmp_path.iterdir()] == [".x.lock"]
+    assert all(socket.gethostname().replace(".", "-") in folder.name for folder in partial)
+    assert list(tmp_path.iterdir()) == []
+
+
+def start_filling(cache: Path, name: str) -> subprocess.Popen:
+    """A process that has begun to fill a folder and does not end."""
+    code = (
+        "import sys, time; from pathlib import Path; from maha_megatron.data.index_cache import complete_folder\n"
+        "def fill(folder):\n"
+        "    (folder / 'content').write_text('half'); print('filling', flush=True); time.sleep(60)\n"
+        "complete_folder(Path(sys.argv[1]), fill)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(cache / name)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"filling\n"
+    return process
+
+
+def test_what_killed_builds_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    killed = [start_filling(tmp_path, name) for name in ("x", "other")]
+    for process in killed:
+        process.kill()
+        process.wait()
+    filling = start_filling(tmp_path, "live")  # removes what they left, and stays
+    try:
+        far = [tmp_path / f".{name}.another-node.0123.partial" for name in ("young", "old")]
+        for folder in far:
+            folder.mkdir()
+        os.utime(far[1], (0, 0))
+        complete_folder(tmp_path / "x", lambda folder: (folder / "content").write_text("whole"))
+        left = {path.name for path in tmp_path.iterdir()}
+        assert {name for name in left if ".live." not in name} == {"x", far[0].name}
+        assert len(left) == 4  # the lock and the folder of the process that fills
+        assert (tmp_path / "x" / "content").read_text() == "whole"
+    finally:
+        filling.kill()
+        filling.wait()

@@ -8,9 +8,12 @@ import pytest
 from maha_megatron.data.checksums import read_checksums
 from maha_megatron.data.manifest import manifest_path, read_manifest
 from maha_megatron.data.pair import open_pair
+from maha_megatron.data.prepare.pairs import merge_pairs, split_pair
 from maha_megatron.errors import DataError
 from tests.support.corpora import odd_corpus, sentencepiece_model, settings_for, write_inputs
 from tests.support.pairs import random_documents
+
+DOCUMENTS = 1500
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_a_missing_pair_says_what_is_near(prefix: str, tmp_path: Path) -> None:
 @pytest.fixture
 def described(tmp_path: Path) -> str:
     """A pair of some checksum chunks as data_prep/preprocess.py leaves it."""
-    odd_corpus(tmp_path / "odd.jsonl", 1500, long_bytes=120_000)
+    odd_corpus(tmp_path / "odd.jsonl", DOCUMENTS, long_bytes=120_000)
     write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(sentencepiece_model(tmp_path / "small.model")))
     return str(tmp_path / "p")
 
@@ -80,36 +83,73 @@ def read_all(prefix: str) -> list[list[int]]:
     return [pair.document(number).tolist() for number in range(pair.documents)]
 
 
-def test_200_random_corruptions_none_of_which_loads_silently_wrong(described: str) -> None:
-    """Flipped bits, overwritten stretches, cuts, additions and exchanged pieces of every file but the manifest."""
+def merge_all(prefix: str) -> None:
+    merge_pairs([Path(prefix)], Path(f"{prefix}-merged"), arguments={}, advance=lambda num_bytes: None)
+
+
+def split_all(prefix: str) -> None:
+    outputs = [(Path(f"{prefix}-first"), DOCUMENTS - 100), (Path(f"{prefix}-second"), 100)]
+    split_pair(Path(prefix), outputs, arguments={}, advance=lambda num_bytes: None)
+
+
+def corrupted(content: bytes, kind: int, random: np.random.Generator) -> bytes:
+    """Flipped bits, overwritten stretches, cuts, additions and exchanged pieces."""
+    changed, place = bytearray(content), int(random.integers(len(content)))
+    match kind:
+        case 0:
+            changed[place] ^= 1 << int(random.integers(8))
+        case 1:
+            changed[place : place + 50] = random.bytes(len(changed[place : place + 50]))
+        case 2:
+            del changed[place:]
+        case 3:
+            changed += random.bytes(int(random.integers(1, 100)))
+        case 4:
+            other = int(random.integers(len(content)))
+            changed[place], changed[other] = changed[other], changed[place]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("use", [read_all, merge_all, split_all])
+def test_200_random_corruptions_none_of_which_is_used_silently(described: str, use: Callable[[str], object]) -> None:
+    """Of every file but the manifest. A merge or split would give the damage a manifest of its own."""
     random = np.random.default_rng(0)
     whole = read_all(described)
     assert read_checksums(described, read_manifest(described).checksums_sha256)[0].size >= 3
     for number in range(200):
         path = Path(f"{described}.{('bin', 'idx', 'checksums.npz')[number % 3]}")
         content = path.read_bytes()
-        changed = bytearray(content)
-        place = int(random.integers(len(content)))
-        match number % 5:
-            case 0:
-                changed[place] ^= 1 << int(random.integers(8))
-            case 1:
-                changed[place : place + 50] = random.bytes(len(changed[place : place + 50]))
-            case 2:
-                del changed[place:]
-            case 3:
-                changed += random.bytes(int(random.integers(1, 100)))
-            case 4:
-                other = int(random.integers(len(content)))
-                changed[place], changed[other] = changed[other], changed[place]
+        changed = corrupted(content, number % 5, random)
         path.write_bytes(changed)
         try:
-            found = read_all(described)
+            use(described)
+            refused = False
         except DataError:
-            found = None
-        assert changed == content or found is None, (number, path.suffix)
+            refused = True
+        assert refused or changed == content, (number, path.suffix)
         path.write_bytes(content)
     assert read_all(described) == whole
+
+
+def test_what_is_merged_or_split_has_a_manifest_and_checksums_of_its_own(described: str) -> None:
+    merge_all(described)
+    split_all(described)
+    for name in ("merged", "first", "second"):
+        pair, manifest = open_pair(f"{described}-{name}"), read_manifest(f"{described}-{name}")
+        pair.check_all()
+        tokens = pair.read(0, pair.index.tokens)
+        counts = read_checksums(f"{described}-{name}", manifest.checksums_sha256)[1]
+        assert np.array_equal(counts, np.bincount(tokens, minlength=manifest.vocabulary))
+        assert (manifest.documents, manifest.tokens) == (pair.documents, tokens.size)
+
+
+def test_foreign_ids_without_checksums_are_not_counted(described: str) -> None:
+    tree = json.loads(manifest_path(described).read_text()) | {"checksums_sha256": ""}
+    manifest_path(described).write_text(json.dumps(tree))
+    edit(f"{described}.bin", lambda content: b"\xff\xff" + content[2:])
+    for use in (merge_all, split_all):
+        with pytest.raises(DataError, match="holds token ids that are none of the 500 of its manifest"):
+            use(described)
 
 
 def test_only_what_is_read_is_checked_and_every_read_is(described: str) -> None:

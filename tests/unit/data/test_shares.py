@@ -7,6 +7,7 @@ import pytest
 
 from maha_megatron.config.schema import Config, Source
 from maha_megatron.data.loader import Loader, build_loader
+from maha_megatron.errors import DataError
 from tests.support.pairs import END, random_documents
 
 S = 16
@@ -40,6 +41,34 @@ def test_epochs_are_passes_relative_to_one_another(
     assert open_loader(twice).identity == loader.identity
     by_weight = with_sources(config, Source(prefix=a, weight=sizes[0]), Source(prefix=b, weight=3 * sizes[1]))
     assert open_loader(by_weight).identity == loader.identity
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_can_be_refused_is_refused_by_name_before_an_index_is_built(
+    prefixes: tuple[str, str],
+    write_pair: Callable[..., str],
+    make_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    packing: str,
+    split: str,
+) -> None:
+    monkeypatch.setattr("maha_megatron.data.order.build_index", lambda *_: pytest.fail("an index was built"))
+    a, b = prefixes
+    short = write_pair("short", [[END]] * 20 if packing == "best_fit" else [[]] * 20)
+    for sources, message in [
+        ((Source(prefix=a), Source(prefix=b, weight=1e-13)), r"source .*/b has a share"),
+        ((Source(prefix=a, weight=1e308), Source(prefix=b, weight=1e308)), r"sources .*/a, .*/b sum to inf"),
+        ((Source(prefix=a, epochs=1), Source(prefix=b, epochs=1e-14)), r"source .*/b has a share"),
+        ((Source(prefix=a, epochs=1), Source(prefix=b, epochs=1e308)), r"source .*/b asks for inf"),
+        ((Source(prefix=a), Source(prefix=short)), r"/short"),
+        ((Source(prefix=a), Source(prefix=f"{b}-missing")), r"/b-missing"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            open_loader(with_sources(make_config(a), *sources, packing=packing), split)
+    for split_of_a_good_one in ("train", "validation"):
+        good = with_sources(make_config(a), Source(prefix=a, epochs=1), Source(prefix=b, epochs=2), packing=packing)
+        open_loader(good, split_of_a_good_one)
 
 
 def test_what_was_drawn_is_what_was_read(prefixes: tuple[str, str], make_config: Callable[..., Config]) -> None:

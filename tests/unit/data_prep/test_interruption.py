@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from maha_megatron.data import writing
+from maha_megatron.data.pair import check_pair
 from maha_megatron.data.prepare import spool
+from maha_megatron.data.prepare.work_folder import ENDINGS
 from maha_megatron.errors import DataError
 from tests.support.corpora import odd_corpus, pair_bytes, sentencepiece_model, settings_for, write_inputs
 from tests.support.runs import ROOT, import_path
@@ -113,7 +116,7 @@ def test_a_run_goes_on_where_it_was_committed(
     def die(progress) -> None:
         seen.append(progress.documents)
         if len(seen) == blocks + 1:
-            with open(progress._folder / "tokens", "ab") as stream:
+            with open(progress._folder / "pair.bin", "ab") as stream:
                 stream.write(b"not committed")
             raise KeyboardInterrupt
 
@@ -132,6 +135,56 @@ def test_a_run_goes_on_where_it_was_committed(
     assert "continuing" in said[0]
     assert found == expected
     assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("named", range(6))
+def test_a_pair_is_never_half_new_and_half_old(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, named: int
+) -> None:
+    """Killed after so many files got their final names, over an old pair that has more of them."""
+    odd_corpus(tmp_path / "old.jsonl", 200, seed=1, long_bytes=0)
+    (tmp_path / "new.jsonl").write_text('{"text": "some text without a bad line"}\n' * 20)
+    write_inputs([tmp_path / "new.jsonl"], tmp_path / "straight", settings_for(model))
+    write_inputs([tmp_path / "old.jsonl"], tmp_path / "p", settings_for(model))
+    plain, left = os.replace, named
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal left
+        if Path(target).name in {f"p.{ending}" for ending in ENDINGS}:
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with contextlib.suppress(KeyboardInterrupt):
+        write_inputs([tmp_path / "new.jsonl"], tmp_path / "p", settings_for(model))
+    assert (tmp_path / "p.manifest.json").exists() == (named >= 4)  # of five files a pair without bad lines has four
+    assert not (tmp_path / "p.idx").exists() or pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
+    monkeypatch.undo()
+    write_inputs([tmp_path / "new.jsonl"], tmp_path / "p", settings_for(model))
+    assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
+    assert {path.name for path in tmp_path.glob("p.*")} == {f"p.{ending}" for ending in ENDINGS} - {"p.bad_lines.jsonl"}
+
+
+def test_what_a_finished_run_left_does_not_cost_its_pair(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last step; then another run of the same arguments begins, and dies."""
+    odd_corpus(tmp_path / "odd.jsonl", 100, long_bytes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(model))
+    assert (tmp_path / "p.partial" / "state.json").exists()
+    whole = pair_bytes(tmp_path / "p")
+
+    def die(progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_inputs([tmp_path / "odd.jsonl"], tmp_path / "p", settings_for(model), advance=die)
+    assert pair_bytes(tmp_path / "p") == whole
+    check_pair(tmp_path / "p", lambda num_bytes: None)
 
 
 def test_other_arguments_begin_anew(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

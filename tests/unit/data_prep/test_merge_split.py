@@ -88,7 +88,7 @@ def test_pairs_that_do_not_belong_together_are_refused(tmp_path: Path, model: st
     wide = foreign_pair(tmp_path / "wide", [[[1, 2]]], dtype=np.int32)
     with pytest.raises(DataError, match=r"wide stores tokens as int32, .*narrow as uint16"):
         merge_pairs([narrow, wide], tmp_path / "m", **Quiet)
-    with pytest.raises(DataError, match="is an input of the merge too"):
+    with pytest.raises(DataError, match="is an input too"):
         merge_pairs([narrow, narrow], narrow, **Quiet)
     with pytest.raises(DataError, match="does not exist"):
         merge_pairs([narrow, tmp_path / "none"], tmp_path / "m", **Quiet)
@@ -99,7 +99,40 @@ def test_pairs_that_do_not_belong_together_are_refused(tmp_path: Path, model: st
         write_inputs([tmp_path / "a.jsonl"], tmp_path / name, settings_for(path))
     with pytest.raises(DataError, match=r"b was made with another tokenizer than .*a"):
         merge_pairs([tmp_path / "a", tmp_path / "b"], tmp_path / "m", **Quiet)
+    write_inputs([tmp_path / "a.jsonl"], tmp_path / "endless", settings_for(model, append_end=False))
+    for pairs_of_both in ([tmp_path / "a", tmp_path / "endless"], [tmp_path / "endless", tmp_path / "a"]):
+        with pytest.raises(DataError, match=r"endless have no ends and those of .*a have: .*endless again with --app"):
+            merge_pairs(pairs_of_both, tmp_path / "m", **Quiet)
     assert not list(tmp_path.glob("m*"))
+
+
+def test_no_pair_is_written_over_itself(tmp_path: Path) -> None:
+    prefix = foreign_pair(tmp_path / "p_0", [[[1, 2]], [[3]]])
+    (tmp_path / "link_0.idx").symlink_to(f"{prefix}.idx")
+    whole = pair_bytes(prefix)
+    for name in ("p", "link"):
+        outputs = [(tmp_path / f"{name}_{number}", 1) for number in range(2)]
+        with pytest.raises(DataError, match=rf"{name}_0 is an input too: write to another name"):
+            split_pair(prefix, outputs, **Quiet)
+        with pytest.raises(DataError, match=rf"{name}_0 is an input too: write to another name"):
+            merge_pairs([prefix, prefix], outputs[0][0], **Quiet)
+    assert pair_bytes(prefix) == whole
+    assert not list(tmp_path.glob("*_1.*"))
+
+
+def test_a_failed_merge_or_split_leaves_the_old_outputs(tmp_path: Path, model: str) -> None:
+    odd_corpus(tmp_path / "a.jsonl", 100, long_bytes=0)
+    for name in ("a", "b", "old", "old_0", "old_1"):
+        write_inputs([tmp_path / "a.jsonl"], tmp_path / name, settings_for(model))
+    with open(tmp_path / "b.bin", "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"b\.bin is damaged"):
+        merge_pairs([tmp_path / "a", tmp_path / "b"], tmp_path / "old", **Quiet)
+    with pytest.raises(DataError, match=r"b\.bin is damaged"):
+        split_pair(tmp_path / "b", [(tmp_path / "old_0", 50), (tmp_path / "old_1", 50)], **Quiet)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------------------ large, sparse
@@ -201,6 +234,17 @@ def test_an_index_whose_offsets_overflowed_is_refused(tmp_path: Path) -> None:
     Path(f"{prefix}.idx").write_bytes(content)
     with pytest.raises(DataError, match="let offsets overflow"):
         open_pair(prefix)
+
+
+def test_a_pair_that_becomes_shorter_is_not_taken_for_a_hole(tmp_path: Path) -> None:
+    first, second = (sparse_pair(tmp_path / name, 2, {0: 7, 1: 8}) for name in ("first", "second"))
+
+    def cut_the_second(num_bytes: int) -> None:
+        os.truncate(f"{second}.bin", 1_000_000)
+
+    with pytest.raises(DataError, match=r"second\.bin became shorter while it was read"):
+        merge_pairs([first, second], tmp_path / "m", arguments={}, advance=cut_the_second)
+    assert not list(tmp_path.glob("m*"))
 
 
 def test_a_file_system_without_holes_merges_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

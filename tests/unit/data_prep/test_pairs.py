@@ -11,14 +11,13 @@ import pytest
 import zstandard
 
 from maha_megatron.data.indexed import DType
-from maha_megatron.data.manifest import manifest_path, read_manifest
+from maha_megatron.data.manifest import bad_lines_path, read_manifest
 from maha_megatron.data.pair import open_pair
 from maha_megatron.data.prepare import encode, encoding
 from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
 from maha_megatron.data.prepare.digest import TextDigest, digest_of, parse_digest
 from maha_megatron.data.prepare.index_file import token_code
 from maha_megatron.data.prepare.partitions import write_in_partitions
-from maha_megatron.data.prepare.spool import bad_lines_path
 from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.errors import DataError
 from tests.support.corpora import (
@@ -204,7 +203,7 @@ def test_an_unreadable_file_among_many_is_counted_or_refused(tmp_path: Path, tok
         write_inputs([tmp_path], tmp_path.parent / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
 
 
-def test_a_failed_run_leaves_no_pair_and_no_manifest(tmp_path: Path, tokenizers: dict) -> None:
+def test_a_failed_run_leaves_no_pair_and_an_old_one_as_it_was(tmp_path: Path, tokenizers: dict) -> None:
     settings = settings_for(*tokenizers["SentencePiece"], strict=True)
     empty, good, broken = (tmp_path / name for name in ("empty.jsonl", "good.jsonl", "broken.jsonl"))
     empty.write_text('{"text": ""}\n')
@@ -213,12 +212,29 @@ def test_a_failed_run_leaves_no_pair_and_no_manifest(tmp_path: Path, tokenizers:
     assert list(tmp_path.glob("p*")) == []
     good.write_text('{"text": "some text"}\n')
     write_inputs([good], tmp_path / "p", settings)
-    old = pair_bytes(tmp_path / "p")
+    old = files_of(tmp_path / "p")
     broken.write_text('{"text": "some text"}\n{"text": 5}\n')
     with pytest.raises(DataError, match="line 2"):
         write_inputs([broken], tmp_path / "p", settings)
-    assert pair_bytes(tmp_path / "p") == old
-    assert not manifest_path(tmp_path / "p").exists()  # so the next run does not take the old pair for the new
+    assert files_of(tmp_path / "p") == old
+    with pytest.raises(DataError, match="holds no text"):
+        write_in_partitions(
+            list_inputs([str(empty)]),
+            tmp_path / "p",
+            partitions=1,
+            settings=settings,
+            workers=1,
+            arguments={"append_eod": True},
+            advance=lambda documents, text_bytes, read_bytes: None,
+            say=lambda text: None,
+            revisions={},
+        )
+    assert files_of(tmp_path / "p") == old
+
+
+def files_of(prefix: Path) -> dict[str, bytes]:
+    """What lies beside a prefix, work folders left out, by name."""
+    return {path.name: path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}.*") if path.is_file()}
 
 
 def test_what_waits_does_not_grow_with_the_input(

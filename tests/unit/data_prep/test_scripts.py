@@ -155,6 +155,30 @@ def test_a_skip_imports_neither_torch_nor_megatron(run, tmp_path: Path) -> None:
         assert "done already" in again.stdout
 
 
+def test_a_damaged_pair_is_not_taken_for_a_finished_one(run, tmp_path: Path) -> None:
+    odd_corpus(tmp_path / "a.jsonl", 50, long_bytes=0)
+    model = sentencepiece_model(tmp_path / "t.model")
+    prefix = tmp_path / "p_text_document"
+    words = ("preprocess.py", "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p")
+    words += ("--tokenizer-model", model, "--workers", 1)
+    assert run(*words)[0] == 0
+    for ending, damage in [
+        ("bin", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        ("bin", lambda content: content[:-2]),
+        ("idx", lambda content: content[:-3] + b"\1" + content[-2:]),
+        ("checksums.npz", lambda content: content[:100]),
+    ]:
+        path = Path(f"{prefix}.{ending}")
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole))
+        code, out, _ = run(*words)
+        assert code == 0
+        assert "it is made again now" in out
+        assert "done already" not in out
+        assert path.read_bytes() == whole
+    assert "done already" in run(*words)[1]
+
+
 def test_errors_are_one_line_and_code_2(run, tmp_path: Path) -> None:
     missing = ("--input", tmp_path / "missing.jsonl")
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
