@@ -144,7 +144,7 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
         if gram or game:
             found[f"continuation, {name}"] = fusion.continuation(products, numbers, *solved)
     return found | {
-        "products": fusion.over_outputs(kernels.products_kernel, outs, lses.new_empty(rows, n, scales, scales)),
+        "products": fusion.products(lses.new_empty(rows, n, scales, scales)),
         "combination": fusion.over_outputs(kernels.combine_kernel, outs, numbers, out),
         "weights' gradients": fusion.over_outputs(kernels.weights_gradient_kernel, outs, out, numbers),
     }

@@ -22,6 +22,7 @@ from maha_megatron.attention.aggregation.solvers import (
 from maha_megatron.attention.triton_launch import Launch
 
 PROGRAM_LINES, OUTPUT_LINES = 128, 32  # rows of one head, and lines (a row and head each), of one program
+HELD_NUMBERS = 16384  # of all scales' outputs, by one program
 
 
 class Fusion:
@@ -42,11 +43,15 @@ class Fusion:
         """Of every row and head."""
         return torch.empty(self.rows, self.n, *shape, dtype=dtype, device=self.outs.device)
 
-    def over_outputs(self, kernel, *tensors: torch.Tensor | None) -> Launch:
-        """Of a kernel of triton_outputs.py."""
+    def over_outputs(self, kernel, *tensors: torch.Tensor | None, each: int = OUTPUT_LINES) -> Launch:
+        """Of a kernel of triton_outputs.py; `each`: lines of one program."""
         lines = self.rows * self.n
-        sizes = {"lines": lines, "SCALES": self.scales, "WIDTH": self.width, "LINES": OUTPUT_LINES}
-        return self._launch(kernel, (-(-lines // OUTPUT_LINES),), tensors, sizes)
+        sizes = {"lines": lines, "SCALES": self.scales, "WIDTH": self.width, "LINES": each}
+        return self._launch(kernel, (-(-lines // each),), tensors, sizes)
+
+    def products(self, made: torch.Tensor) -> Launch:
+        each = 1 << (HELD_NUMBERS // (self.scales * self.width)).bit_length() - 1
+        return self.over_outputs(triton_outputs.products_kernel, self.outs, made, each=min(each, OUTPUT_LINES))
 
     def over_programs(self, kernel, *tensors: torch.Tensor | None, warps: int = 4, **options: object) -> Launch:
         """Of a kernel of triton_equilibrium.py or triton_continuation.py."""
@@ -76,7 +81,7 @@ class Fusion:
         products, residuals, steps = None, None, None
         if self.kappa is not None:
             products = self.empty(self.scales, self.scales)
-            self.over_outputs(triton_outputs.products_kernel, self.outs, products).run()
+            self.products(products).run()
         if self.regularizer == "none":
             feasible = self.lses != -torch.inf
             weights = feasible / feasible.sum(-1, keepdim=True)

@@ -3,6 +3,8 @@
 products <O_i, O_j>        out = sum_l w_l O_l        dw_l = <dO, O_l>        dO_l = w_l dO + sum_j S_lj O_j
 """
 
+# ruff: noqa: RUF005 (tuples are added: Triton compiles no unpacking into one)
+
 import triton
 import triton.language as tl
 
@@ -28,12 +30,13 @@ def lines_of_program(lines, LINES: tl.constexpr):
 
 @triton.jit
 def products_kernel(outs, products, lines, SCALES: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr):
-    """<O_i, O_j> [lines, L, L]."""
+    """<O_i, O_j> [lines, L, L]; every O_i is read once, and held in registers."""
     line, inside = lines_of_program(lines, LINES)
-    for i in tl.range(0, SCALES):
-        first = load_lines(outs, line * SCALES + i, inside, WIDTH)
-        for j in tl.range(0, i + 1):
-            product = tl.sum(first * load_lines(outs, line * SCALES + j, inside, WIDTH), 1)
+    loaded = ()
+    for i in tl.static_range(SCALES):
+        loaded = loaded + (load_lines(outs, line * SCALES + i, inside, WIDTH),)
+        for j in tl.static_range(i + 1):
+            product = tl.sum(loaded[i] * loaded[j], 1)
             tl.store(products + (line * SCALES + i) * SCALES + j, product, mask=inside)
             tl.store(products + (line * SCALES + j) * SCALES + i, product, mask=inside)
 

@@ -198,11 +198,8 @@ class Call:
         sums = (self._empty(self.n, self._learned_kinds(), self.d), self._empty(self.g, self.d))
         for groups in self._portions():
             heads = slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
-            part = self._portion(heads, groups)
             into = (grad_q[:, heads], [x[:, groups] for x in grad_keys], [x[:, groups] for x in grad_values])
-            found, made = part._gradients(*given(heads), *into)
-            adding_up(found.learned_parts, sums[0][heads]).run()
-            adding_up(made.gain_parts, sums[1][groups]).run()
+            self._portion(heads, groups)._gradients(*given(heads), *into, (sums[0][heads], sums[1][groups]))
         return grad_q, self._learned_gradients(*sums), grad_keys, grad_values
 
     def _learned_kinds(self) -> int:
@@ -224,20 +221,21 @@ class Call:
         numbers = (self.spec, self.past_slots, self.tuning, levels)
         return type(self)(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
 
-    def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values) -> tuple[QueryGradients, KeyGradients]:
-        """Writes the latter three; what it returns has the gradients of what is learned, in parts."""
+    def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values, sums) -> None:
+        """Writes the latter four; `sums`: as `_learned_gradients` takes them."""
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
         self.query_gradients(keys, out, lse, grad_out, found).run()
-        return found, self._through_keys(keys, grad_out, found, grad_keys, grad_values)
+        self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
-    def _through_keys(self, keys, grad_out, found: QueryGradients, grad_keys, grad_values) -> KeyGradients:
-        """Runs what follows the first kernel; writes the latter two."""
+    def _through_keys(self, keys, grad_out, found: QueryGradients, grad_keys, grad_values, sums) -> None:
+        """Runs what follows the first kernel; writes the latter three."""
         made = self.made_by_key_gradients(grad_keys, grad_values)
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
-        return made
+        for parts, whole in zip((found.learned_parts, made.gain_parts), sums, strict=True):
+            adding_up(parts, whole).run()
 
     def _learned_gradients(self, of_queries: torch.Tensor, of_keys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of query gain, key gain, rho and beta: from the sums of `learned_parts` and of the keys' `gain_parts`."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import maha_megatron.attention.scale_attention.triton_joint as joint
-from maha_megatron.attention.scale_attention.triton_arguments import KeyGradients, QueryGradients, Rows
+from maha_megatron.attention.scale_attention.triton_arguments import QueryGradients, Rows
 from maha_megatron.attention.scale_attention.triton_scales_forward import attend_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_query_gradient import scales_query_gradient_kernel
 from maha_megatron.attention.triton_launch import Launch
@@ -82,9 +82,9 @@ class Call(joint.Call):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
         return self._in_portions(lambda heads: (given.of_heads(heads),))
 
-    def _gradients(self, given: Given, grad_q, grad_keys, grad_values) -> tuple[QueryGradients, KeyGradients]:
-        """Writes the latter three; what it returns has the gradients of what is learned, in parts."""
+    def _gradients(self, given: Given, grad_q, grad_keys, grad_values, sums) -> None:
+        """Writes the latter four."""
         keys = self.prepared_keys()
         found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
         self.query_gradients(keys, given, found).run()
-        return found, self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values)
+        self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values, sums)
