@@ -48,7 +48,7 @@ class Model:
     attention: tuple[str, ...] = leaf(
         ("maha",),
         owner="model",
-        choices=("maha", "refined", "dense"),
+        choices=("maha", "dense", "refined"),
         help="Attention of each layer, as a pattern repeated over the layers: [maha, maha, maha, dense] is the hybrid; "
         "refined is MAHA that also opens the blocks which matter to a row (section refine).",
     )
