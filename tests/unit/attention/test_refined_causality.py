@@ -23,7 +23,7 @@ SPECS = {
     "gram": MahaSpec(ratio=2, windows=(4, 3, 9), refine=TOKENS, aggregation="nash", coupling="gram"),
     "no lse": MahaSpec(ratio=3, windows=(4, 3, 6), refine=TOKENS, lse_utility=False),
 }
-LENGTHS = (31, 1, 43, 6)
+LENGTHS = (27, 1, 31, 4)
 EVERY_SPEC = pytest.mark.parametrize("spec", SPECS)
 
 
@@ -39,7 +39,7 @@ def test_no_row_reads_a_later_row_or_another_document(spec):
 @EVERY_SPEC
 @pytest.mark.parametrize("loud", [False, True])
 def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(spec, loud):
-    check_changed_tokens(a_case(spec), "eager", list(range(0, 81, 3)), loud=loud)
+    check_changed_tokens(a_case(spec), "eager", list(range(0, 63, 3)), loud=loud)
 
 
 @pytest.mark.full
@@ -52,8 +52,8 @@ def test_every_token_of_two_tiles_and_every_zero_of_the_jacobian(spec, lengths):
 
 @EVERY_SPEC
 def test_what_a_row_must_not_see_may_be_anything(spec):
-    check_poisoned(a_case(spec), "eager", huge_values(), cuts=(30, 55, 74))
-    check_poisoned(a_case(spec), "naive", not_a_number, cuts=(55,))
+    check_poisoned(a_case(spec), "eager", huge_values(), cuts=(26, 50, 60))
+    check_poisoned(a_case(spec), "naive", not_a_number, cuts=(50,))
 
 
 @pytest.mark.parametrize("spec", ["tokens", "gram"])
@@ -75,7 +75,7 @@ def caught_by(case: Case) -> set[str]:
     found = set()
     for name, check, said in (
         ("jacobian", lambda: check_jacobian(case, "eager"), "reads row"),
-        ("changed", lambda: check_changed_tokens(case, "eager", list(range(20, 75, 2))), "a change of row"),
+        ("changed", lambda: check_changed_tokens(case, "eager", list(range(20, 60, 2))), "a change of row"),
     ):
         try:
             check()
@@ -130,4 +130,4 @@ def test_a_choice_that_later_rows_take_part_in_is_caught_by_outputs_alone(monkey
         return honest(scores / scores.sum(1, keepdim=True).clamp(min=1e-9), *rest)
 
     monkeypatch.setattr(opened, "best_blocks", of_all_rows)
-    assert caught_by(a_case("tokens", (75,))) == {"changed"}
+    assert caught_by(a_case("tokens", (63,))) == {"changed"}
