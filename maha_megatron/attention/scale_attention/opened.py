@@ -21,7 +21,7 @@ from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.scales import slot_count, stride
 
 # numbers of opened keys that exist at once, and as many of values
-_GATHERED_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27}
+_GATHERED_PER_CHUNK = {"cpu": 2**21, "cuda": 2**27}
 
 
 def chunk_rows(groups: int, q_tnd: torch.Tensor, spec: MahaSpec) -> int:
