@@ -10,7 +10,8 @@ Standard library only, so that config (torch-free), attention and the exported m
                                                      scale 1   [.][.][x][x]           blocks 2 and 3 (rows 4-7)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 MAX_SCALES = 8
 RATIOS = range(2, 9)
@@ -58,6 +59,31 @@ def default_windows(sequence_tokens: int, ratio: int = 4) -> tuple[int, ...]:
     middle = [int(_FIRST_WINDOW - _TILE / stride(ratio, scale)) for scale in range(1, scales - 1)]
     last = max(1, complete_blocks(sequence_tokens, stride(ratio, scales - 1)))
     return (*([_FIRST_WINDOW] if scales > 1 else []), *middle, last)
+
+
+def openable_blocks(row: int, ratio: int, windows: Sequence[int], from_scale: int, to_scale: int) -> range:
+    """Blocks of `from_scale` that row `row` of a document may open: what it sees there, less what `to_scale` shows.
+
+    A block is among them only if all its blocks of `to_scale` lie beyond the window of that scale, so that none of them
+    is read twice.
+
+        ratio 2, windows (4, 4), row 10     scale 0   . . . . . . . x x x x   rows 7-10
+                                            scale 1  [. .|o o|o o|x x|x x]    blocks 1-4; 1 and 2 may be opened (o)
+    """
+    seen = visible_blocks(row, stride(ratio, from_scale), windows[from_scale])
+    shown = visible_blocks(row, stride(ratio, to_scale), windows[to_scale])
+    return range(seen.start, shown.start // stride(ratio, from_scale - to_scale))
+
+
+def openable_spans(
+    sequence_tokens: int, ratio: int, windows: Sequence[int], from_scale: int, to_scale: int
+) -> Iterator[tuple[int, int]]:
+    """(rows, blocks that each of them may open) for consecutive spans of a document of `sequence_tokens` rows."""
+    step, shown_rows = stride(ratio, from_scale), windows[to_scale] * stride(ratio, to_scale)
+    ends = range(step, sequence_tokens + 1, step)  # once so many rows are read, a block is complete
+    edges = sorted({1, sequence_tokens + 1, *ends, *range(shown_rows + step, sequence_tokens + 1, step)})
+    for first, stop in pairwise(edges):
+        yield stop - first, len(openable_blocks(first - 1, ratio, windows, from_scale, to_scale))
 
 
 def first_unreached_row(sequence_tokens: int, ratio: int, windows: Sequence[int]) -> int | None:

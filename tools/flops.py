@@ -14,7 +14,7 @@ from typing import Any
 
 from maha_megatron import scales
 from maha_megatron.config import accounting, aggregation_cost
-from maha_megatron.config.derive import layer_attention, maha_windows
+from maha_megatron.config.derive import layer_attention, maha_windows, uses_maha
 from maha_megatron.config.load import load_config, load_fragments
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import MahaError
@@ -48,8 +48,8 @@ def flops_report(config: Config) -> dict[str, Any]:
     kinds = layer_attention(config)
     return {
         "sequence_tokens": config.data.sequence_tokens,
-        "layers": {kind: kinds.count(kind) for kind in ("maha", "dense")},
-        "windows": list(maha_windows(config)) if "maha" in kinds else [],
+        "layers": {kind: kinds.count(kind) for kind in ("maha", "refined", "dense")},
+        "windows": list(maha_windows(config)) if uses_maha(config) else [],
         "parameters": accounting.parameter_counts(config),
         "total_parameters": accounting.total_parameters(config),
         **accounting.attention_savings(config),
@@ -58,7 +58,7 @@ def flops_report(config: Config) -> dict[str, Any]:
             for kind, flops in accounting.attention_flops(config, config.data.sequence_tokens).items()
             if kind in kinds or kind == "dense"
         },
-        "notes": _notes(config) if "maha" in kinds else [],
+        "notes": _notes(config) if uses_maha(config) else [],
         "forward_flops_per_token": terms,
         "training_flops_per_token": accounting.training_flops_per_token(config),
         "attention_share_frac": accounting.attention_share(config),
@@ -107,8 +107,8 @@ def _tables(report: dict[str, Any]) -> str:
         "operator, forward, FLOP per sequence and layer",
     ]
     for kind, flops in report["attention_flops_per_sequence_and_layer"].items():
-        lines += [f"  {kind:6} {term:18} {format_count(value):>9}" for term, value in flops.items() if value]
-        lines.append(f"  {kind:6} {'sum':18} {format_count(sum(flops.values())):>9}")
+        lines += [f"  {kind:7} {term:18} {format_count(value):>9}" for term, value in flops.items() if value]
+        lines.append(f"  {kind:7} {'sum':18} {format_count(sum(flops.values())):>9}")
     lines += [f"  {note}" for note in report["notes"]]
     forward = report["forward_flops_per_token"]
     lines += ["", "model, forward, FLOP per token (backward: twice as many)"]

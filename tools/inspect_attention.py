@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 
 from maha_megatron.attention import mask_drawing
 from maha_megatron.config import programs
-from maha_megatron.config.derive import layer_attention, maha_windows
+from maha_megatron.config.derive import layer_attention, maha_windows, uses_maha
 from maha_megatron.config.load import load_config
 from maha_megatron.errors import ConfigError, DataError, MahaError
 
@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def draw_masks(options: argparse.Namespace) -> None:
     """Print the masks of a configuration."""
     config = load_config(options.config, options.set)
-    if "maha" not in layer_attention(config):
+    if not uses_maha(config):
         raise ConfigError("model.attention has no maha layer: a dense layer sees every row up to its own")
     ratio, windows = config.maha.ratio, maha_windows(config)
     lengths = options.documents or [config.data.sequence_tokens]
@@ -79,6 +79,8 @@ def draw_masks(options: argparse.Namespace) -> None:
             raise ConfigError(f"--rows {row}: the sequence has rows 0 to {total - 1}")
         print(mask_drawing.draw_row(row, lengths, ratio, windows, options.width), end="\n\n")
     print(mask_drawing.LEGEND, mask_drawing.SCALED_LEGEND, sep="\n")
+    if "refined" in layer_attention(config):
+        print(f"not drawn: {config.refine.blocks} blocks that rows of a refined layer open, which depend on the text")
     if total <= mask_drawing.LONGEST_MATRIX_ROWS:
         print("", mask_drawing.draw_matrix(lengths, ratio, windows), sep="\n")
 

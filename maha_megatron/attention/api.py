@@ -28,7 +28,8 @@ from maha_megatron.attention.state import MahaState, Past, check_document_start,
 class MahaOutput:
     """What `maha_attention` returns.
 
-    `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for; `solves`
+    `out_tnd` in q's dtype; `scale_weights_tnl` [t, n, L], detached, in at least fp32, where it was asked for, with one
+    more weight, the last, where a refined layer opens keys; `solves`
     where a program was solved for them, None where the weights have a closed form; `state` for the next piece, where
     one was given.
     """
@@ -128,7 +129,7 @@ def _attend_piece(operators, q_tnd, k_tgd, v_tgd, document_start_t, parameters, 
         rows = (q_tnd, k_tgd, v_tgd, document_start_t, parameters.convolution, past.rows)
         q_tnd, k_tgd, v_tgd = operators.convolve(*rows)
     levels = operators.build_pyramid((k_tgd, v_tgd), document_start_t, parameters, spec, past.entries)
-    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, spec.windows, with_weights), levels
+    return operators.attend(q_tnd, levels, document_start_t, parameters, spec, spec.held_entries, with_weights), levels
 
 
 def _output(streams: Sequence[Attended], with_weights: bool, state: MahaState | None) -> MahaOutput:

@@ -20,7 +20,8 @@ from maha_megatron.attention.dispatch import Backend
 from maha_megatron.attention.dispatch import backend as backend_named
 from maha_megatron.attention.normalise_rotate import normalise, rotate, rotation
 from maha_megatron.attention.pyramid.queries import pool_queries
-from maha_megatron.attention.slots import first_slot_of, slots_of, visible_slots
+from maha_megatron.attention.scale_attention.opened import best_blocks
+from maha_megatron.attention.slots import first_slot_of, openable_slots, slots_of, visible_slots
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.scales import stride
 
@@ -34,13 +35,14 @@ class LayerReach:
 
     scale_weights_tnl: [t, n, L]. within_tnf: int64 [t, n, 2], how many rows back from a row, itself included, hold 50 %
     and 90 % of its mass (SHARES). mass_by_distance_nk: [n, K], mean over the rows of their mass at distances 0, 1, 2-3,
-    4-7, ... solves: what the solver left, None where the weights have a closed form.
+    4-7, ... solves: what the solver left, None where the weights have a closed form. names_l: what has each weight.
     """
 
     scale_weights_tnl: torch.Tensor
     within_tnf: torch.Tensor
     mass_by_distance_nk: torch.Tensor
     solves: SolveReport | None
+    names_l: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -76,6 +78,7 @@ def layer_reach(
         within_tnf=within,
         mass_by_distance_nk=by_distance / rows,
         solves=output.solves,
+        names_l=(*(f"scale {scale}" for scale in range(spec.scales)), "opened")[: spec.branches],
     )
 
 
@@ -101,8 +104,13 @@ class Probabilities:
         self.dtype = torch.promote_types(q_tnd.dtype, torch.float32)
         self.slots = [slots_of(self.document, stride(spec.ratio, scale)) for scale in range(spec.scales)]
 
-    def of(self, scale: int, block: range) -> torch.Tensor:
-        """[rows of the block, n, slots of the scale]; all 0 for a row that sees none of them."""
+    def scale_of(self, branch: int) -> int:
+        """The scale whose keys a branch reads: its own; that of the opened blocks for the last of a refined layer."""
+        return branch if branch < self.spec.scales else self.spec.refine.to_scale
+
+    def of(self, branch: int, block: range) -> torch.Tensor:
+        """[rows of the block, n, slots of the branch's scale]; all 0 for a row that sees none of them."""
+        scale = self.scale_of(branch)
         step, slots = stride(self.spec.ratio, scale), self.slots[scale]
         row = torch.arange(block.start, block.stop, device=self.document.device)
         document = self.document[block.start : block.stop]
@@ -118,9 +126,31 @@ class Probabilities:
         groups = key.shape[1]
         logits = torch.einsum("rgmd,sgd->rgms", query.unflatten(1, (groups, -1)), key).flatten(1, 2)
         slot = torch.arange(len(key), device=row.device)
-        hidden = (slot < first[:, None]) | (slot >= end[:, None])
-        logits = (logits * query.shape[-1] ** -0.5).masked_fill_(hidden[:, None], -torch.inf)
+        hidden = ((slot < first[:, None]) | (slot >= end[:, None]))[:, None]
+        if branch == self.spec.scales:
+            hidden = ~self._opened(block, row, document)
+        logits = (logits * query.shape[-1] ** -0.5).masked_fill_(hidden, -torch.inf)
         return logits.softmax(-1).nan_to_num_(0.0)
+
+    def _opened(self, block: range, row: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+        """Whether a row and head reads a slot of refine.to_scale in a block that its group opened: [rows, n, slots]."""
+        spec, refine = self.spec, self.spec.refine
+        groups, slots = self.levels[0][0].shape[1], self.slots[refine.to_scale]
+        score = self.of(refine.from_scale, block).unflatten(1, (groups, -1)).sum(2)
+        edges = openable_slots(row, document, spec.ratio, spec.windows, refine.from_scale, refine.to_scale)
+        first, end = (edge[:, None, None] for edge in edges)
+        slot = torch.arange(score.shape[-1], device=row.device)
+        place, found = best_blocks(score, (first <= slot) & (slot < end), refine.blocks)
+        chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(2, place, found)
+        coarse, fine = (
+            first_slot_of(slots.document, stride(spec.ratio, scale)) for scale in (refine.from_scale, refine.to_scale)
+        )
+        children = stride(spec.ratio, refine.from_scale - refine.to_scale)
+        parent = coarse + (torch.arange(len(fine), device=row.device) - fine) // children
+        opened = chosen.index_select(2, parent.clamp(max=score.shape[-1] - 1))
+        # the slot of an incomplete block may hold the first block of the next document
+        opened &= (document[:, None] == slots.document)[:, None]
+        return opened.repeat_interleave(self.queries[0].shape[1] // groups, dim=1)
 
     def _turned(self, x: torch.Tensor, gain: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         x = normalise(x.to(self.dtype), gain.to(self.dtype), self.spec.norm_epsilon)
@@ -131,13 +161,14 @@ def row_mass(probabilities: Probabilities, scale_weights_tnl: torch.Tensor, bloc
     """Mass [rows of the block, n, t] that every row of the sequence carries for the rows of the block."""
     document, spec = probabilities.document, probabilities.spec
     row, mass = torch.arange(len(document), device=document.device), 0
-    for scale in range(spec.scales):
+    for branch in range(spec.branches):
+        scale = probabilities.scale_of(branch)
         step, slots = stride(spec.ratio, scale), probabilities.slots[scale]
         holder = (first_slot_of(document, step) + (row - document) // step).clamp(max=len(slots.document) - 1)
         # the slot of an incomplete block may hold the first block of the next document
         held = slots.complete[holder] & (slots.document[holder] == document)
-        weight = scale_weights_tnl[block.start : block.stop, :, scale, None] / step
-        mass = mass + (probabilities.of(scale, block) * weight).index_select(2, holder) * held
+        weight = scale_weights_tnl[block.start : block.stop, :, branch, None] / step
+        mass = mass + (probabilities.of(branch, block) * weight).index_select(2, holder) * held
     return mass
 
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from maha_megatron.scales import stride
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -63,3 +65,15 @@ def visible_slots(
     """Half-open range of the slots that each row sees, given its document's start."""
     end = (row + 1 + (-document) % stride_rows) // stride_rows
     return torch.maximum(first_slot_of(document, stride_rows), end - window), end
+
+
+def openable_slots(
+    row: torch.Tensor, document: torch.Tensor, ratio: int, windows: tuple[int, ...], from_scale: int, to_scale: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half-open range of the slots of `from_scale` that each row may open (`scales.openable_blocks`); it may be empty,
+    its end then not after its start."""
+    coarse, fine = stride(ratio, from_scale), stride(ratio, to_scale)
+    first, _ = visible_slots(row, document, coarse, windows[from_scale])
+    shown, _ = visible_slots(row, document, fine, windows[to_scale])
+    blocks = (shown - first_slot_of(document, fine)) // stride(ratio, from_scale - to_scale)
+    return first, first_slot_of(document, coarse) + blocks

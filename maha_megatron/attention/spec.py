@@ -39,14 +39,24 @@ def absent_program(*_, **__) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Every row and KV group opens its `blocks` best blocks of `from_scale`, and reads their keys of `to_scale`."""
+
+    from_scale: int
+    to_scale: int
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MahaSpec:
     """The numbers of a MAHA layer; README.md of this folder says what each means, CHOICES what a name may be.
 
     `program`, for aggregation "program", is a StatedProgram (aggregation/stated_program.py), a function that is called
-    like one, or `absent_program` where nothing will be solved.
+    like one, or `absent_program` where nothing will be solved. `refine`: of a refined layer, None elsewhere.
 
     Raises:
-        ConfigError: there is no such choice; an option without effect beside the aggregation; a program is missing.
+        ConfigError: there is no such choice; an option without effect beside the aggregation; a program is missing; a
+            refinement between scales that are not there, of pooled queries or beside a stated program.
     """
 
     ratio: int
@@ -62,6 +72,7 @@ class MahaSpec:
     convolution: bool = True
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6
+    refine: Refinement | None = None
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -80,10 +91,41 @@ class MahaSpec:
             raise ConfigError(
                 'aggregation="program" needs program: a StatedProgram, or absent_program where only shapes matter'
             )
+        if self.refine is not None:
+            self._check_refinement(self.refine)
+
+    def _check_refinement(self, refine: Refinement) -> None:
+        if not (0 <= refine.to_scale < refine.from_scale < self.scales and refine.blocks > 0):
+            raise ConfigError(
+                f"{refine} of {self.scales} scales: it needs 0 <= to_scale < from_scale <= {self.scales - 1} and at "
+                "least one block"
+            )
+        if self.queries == "pooled":
+            raise ConfigError('pooled queries open no blocks: use queries="full", or no refine')
+        if self.aggregation == "program":
+            raise ConfigError(
+                "a stated program counts on the finest scales being the feasible ones, and opened keys are none of "
+                "them: use another aggregation, or no refine"
+            )
 
     @property
     def scales(self) -> int:
         return len(self.windows)
+
+    @property
+    def branches(self) -> int:
+        """What is fused: the scales and, last, opened keys where there are any."""
+        return self.scales + (self.refine is not None)
+
+    @property
+    def held_entries(self) -> tuple[int, ...]:
+        """Newest blocks of each scale that rows to come may read: its window, or all that they may still open."""
+        held = list(self.windows)
+        if self.refine is not None:
+            children = self.ratio ** (self.refine.from_scale - self.refine.to_scale)
+            openable = children * (self.windows[self.refine.from_scale] + 1) - 1
+            held[self.refine.to_scale] = max(held[self.refine.to_scale], openable)
+        return tuple(held)
 
     @property
     def joint_softmax(self) -> bool:
@@ -126,7 +168,7 @@ class AttentionParameters:
     [L-1, 2, g, d, r], key_map [L-1, g, d, d] (mapped = key_map @ key), utility_query rho [L, n, d], utility_bias beta
     [L, n], coupling_raw [n] (kappa = softplus), skew [n, L (L-1) / 2] (upper triangle in row order), query_gain [n, d],
     key_gain [g, d], convolution [(n + 2g) d, 3] with channels per KV group in the order: its query heads, its key, its
-    value.
+    value. In a refined layer rho, beta and skew count the opened keys as one more scale, the last.
     """
 
     gate_query: torch.Tensor | None = None
@@ -161,14 +203,15 @@ def maha_parameter_specs(spec: MahaSpec, *, n: int, g: int, d: int) -> dict[str,
         specs["pool_kernel"] = ParameterSpec(shape=kernel, sharded_dim=2, start=1 / spec.ratio)
     if spec.key_map:
         specs["key_map"] = ParameterSpec(shape=(scales - 1, g, d, d), sharded_dim=1, identity=True)
+    branches = spec.branches
     if spec.aggregation != "mean":
-        specs["utility_query"] = ParameterSpec(shape=(scales, n, d), sharded_dim=1)
-        specs["utility_bias"] = ParameterSpec(shape=(scales, n), sharded_dim=1)
+        specs["utility_query"] = ParameterSpec(shape=(branches, n, d), sharded_dim=1)
+        specs["utility_bias"] = ParameterSpec(shape=(branches, n), sharded_dim=1)
     if spec.coupling == "gram":
         raw = math.log(math.expm1(COUPLING_AT_START))
         specs["coupling_raw"] = ParameterSpec(shape=(n,), sharded_dim=0, start=raw)
     if spec.aggregation == "nash":
-        specs["skew"] = ParameterSpec(shape=(n, scales * (scales - 1) // 2), sharded_dim=0)
+        specs["skew"] = ParameterSpec(shape=(n, branches * (branches - 1) // 2), sharded_dim=0)
     return specs | shared
 
 

@@ -5,6 +5,11 @@ hands to the future is, per scale, the newest w_l keys and values, the last 4 ra
 document have been read. The pending children of a block that straddles the border are the newest entries of the finer
 scale: nothing else is kept for them.
 
+A refined layer must keep more: of refine.to_scale every key and value that a row to come may open, the children of all
+blocks that the window of refine.from_scale spans, r^(from - to) (w_from + 1) - 1 entries in place of w_to. Where that
+window spans the whole sequence, as the coarsest does, this is O(s): with refine.to_scale 0 as much as a dense layer's
+cache. Only the reading stays O(log s) there.
+
     rows of a piece count from 0; its running document, of which o rows were read before, starts at row -o
 
     scale 2, R = 4, o = 7        past                  | piece
@@ -34,18 +39,19 @@ from maha_megatron.scales import stride
 class MahaState:
     """What B streams hand from one piece to the next, for one attention layer.
 
-    Differentiable: gradients of later pieces reach earlier ones through `entries` and `rows`. Nothing in it grows with
-    the sequence. Make one with `initial`; `maha_attention` returns the next.
+    Differentiable: gradients of later pieces reach earlier ones through `entries` and `rows`. Nothing in it grows while
+    a sequence is read. Make one with `initial`; `maha_attention` returns the next.
 
     Args:
-        entries: for each scale [B, w_l + ceil(k / R_l), 2, g, d] keys (0) and values (1) of the newest complete blocks
+        entries: for each scale [B, h_l + ceil(k / R_l), 2, g, d] keys (0) and values (1) of the newest complete blocks
             of the running document, newest last, after convolution and key map, neither normalised nor rotated; zero
-            where there is no block. k rows can be taken back (`rewind_rows`).
+            where there is no block. h_l is w_l, but for the scale whose keys a refined layer opens. k rows can be taken
+            back (`rewind_rows`).
         rows: [B, 4 + k, n + 2g, d] raw queries, keys, values of the last rows of the running document, newest last,
             zero where there is none; None without convolution.
         offset: int64 [B], rows of the running document so far; 0 before the first row of a document.
         rewindable: int64 [B], how many rows `cut_back` can take back now.
-        ratio, windows: as in the spec.
+        ratio, held: r and the h_l, as in the spec (`held_entries`).
         operator: numbers that tell the operator from another one (state_identity.py).
 
     Sharding: n and g are those of this rank; every tensor but the counts is sharded along its heads.
@@ -56,7 +62,7 @@ class MahaState:
     offset: torch.Tensor
     rewindable: torch.Tensor
     ratio: int
-    windows: tuple[int, ...]
+    held: tuple[int, ...]
     operator: tuple[int, ...]
 
     @classmethod
@@ -120,7 +126,7 @@ class MahaState:
             )
         streams, held, _, g, d = tensors["entries.0"].shape
         n = tensors["rows"].shape[2] - 2 * g if spec.convolution else 0
-        sizes = {"streams": streams, "n": n, "g": g, "d": d, "rewind_rows": held - spec.windows[0]}
+        sizes = {"streams": streams, "n": n, "g": g, "d": d, "rewind_rows": held - spec.held_entries[0]}
         shapes = _shapes(spec, **sizes) | {"offset": (streams,), "rewindable": (streams,)}
         wrong = {name: tuple(tensors[name].shape) for name in shapes if tuple(tensors[name].shape) != shapes[name]}
         if sizes["rewind_rows"] < 0 or wrong:
@@ -134,13 +140,14 @@ class MahaState:
     @classmethod
     def _of(cls, tensors: dict[str, torch.Tensor], numbers: "MahaSpec | MahaState") -> "MahaState":
         """From tensors by name, with what a spec or another state says of the operator."""
+        held = numbers.held_entries if isinstance(numbers, MahaSpec) else numbers.held
         return cls(
-            entries=tuple(tensors[f"entries.{scale}"] for scale in range(len(numbers.windows))),
+            entries=tuple(tensors[f"entries.{scale}"] for scale in range(len(held))),
             rows=tensors.get("rows"),
             offset=tensors["offset"],
             rewindable=tensors["rewindable"],
             ratio=numbers.ratio,
-            windows=numbers.windows,
+            held=held,
             operator=numbers.operator if isinstance(numbers, MahaState) else identity(numbers),
         )
 
@@ -164,7 +171,7 @@ class MahaState:
     @property
     def rewind_rows(self) -> int:
         """k: the most rows that can ever be taken back at once, but for going back to the document's start."""
-        return self.entries[0].shape[1] - self.windows[0]
+        return self.entries[0].shape[1] - self.held[0]
 
     def document_start(self, rows: int, new_documents: Sequence[Sequence[int]] = ()) -> torch.Tensor:
         """document_start_t of the next piece.
@@ -234,7 +241,7 @@ class MahaState:
 
     def past(self, stream: int) -> "Past":
         """What one stream's piece reads."""
-        entries = [entry[stream, -window:].unbind(1) for entry, window in zip(self.entries, self.windows, strict=True)]
+        entries = [entry[stream, -count:].unbind(1) for entry, count in zip(self.entries, self.held, strict=True)]
         return Past(entries, None if self.rows is None else self.rows[stream, -CONVOLUTION_REACH:])
 
     def after(
@@ -247,7 +254,7 @@ class MahaState:
         """The state of one stream (B = 1) after a piece; it belongs to the document of the piece's last row.
 
         Args:
-            levels: packed keys and values of every scale with the window's w_l slots in front of slot 0.
+            levels: packed keys and values of every scale with the h_l entries of `past` in front of slot 0.
             raw_qkv: the piece's raw q [t, n, d], k and v [t, g, d].
             document_start_t: [t] int64.
         """
@@ -255,7 +262,7 @@ class MahaState:
         entries = []
         for scale, level in enumerate(levels):
             held, step = self.entries[scale][stream], stride(self.ratio, scale)
-            older, keep = len(held) - self.windows[scale], len(held)
+            older, keep = len(held) - self.held[scale], len(held)
             _, end = visible_slots(length - 1, document, step, keep)
             slot = end + torch.arange(-keep, 0, device=document.device)
             missing = slot < first_slot_of(document, step)
@@ -287,7 +294,7 @@ class MahaState:
 
 @dataclass(frozen=True)
 class Past:
-    """One stream's past: `entries` L times keys and values, each [w_l, g, d]; `rows` [4, n + 2g, d] raw (None without
+    """One stream's past: `entries` L times keys and values, each [h_l, g, d]; `rows` [4, n + 2g, d] raw (None without
     convolution).
     """
 
@@ -362,9 +369,9 @@ def check_document_start(document_start_t: torch.Tensor, state: MahaState | None
 def _shapes(spec: MahaSpec, *, streams: int, n: int, g: int, d: int, rewind_rows: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the floating-point tensors of a state, by the names of `MahaState.tensors`."""
     shapes = {}
-    for scale, window in enumerate(spec.windows):
+    for scale, held in enumerate(spec.held_entries):
         extra = -(-rewind_rows // stride(spec.ratio, scale))
-        shapes[f"entries.{scale}"] = (streams, window + extra, 2, g, d)
+        shapes[f"entries.{scale}"] = (streams, held + extra, 2, g, d)
     if spec.convolution:
         shapes["rows"] = (streams, CONVOLUTION_REACH + rewind_rows, n + 2 * g, d)
     return shapes

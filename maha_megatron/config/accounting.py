@@ -8,6 +8,10 @@ Counting rules of operations. A multiplication and an addition are one operation
                 weight; d for a mean or a maximum), key map (2d^2 per block), pooled queries (d per child),
                 utilities (2d + 1, + 1 with LSE, per scale; none for equal weights), Gram matrix (2d per pair of scales
                 i <= j) and solver (aggregation_cost.py), combination of the scales (2d per scale)
+    refined     as MAHA with one more scale, the opened keys, in all that fuses scales, and their score and value
+                products; their queries and keys are turned already. Selection, for each block that may be opened: 1 per
+                query head for its probability, from the logit that attention has, the sum over a group's heads, and a
+                comparison per group in each of the passes that find the best blocks one by one
     neither     exponentials, norms, projections
 Under grouped queries, products, query RoPE, utilities, Gram, solver and combination are counted per query head; key
 RoPE, pyramid and key map per KV group, for dense as for MAHA. Pooled queries attend once per block: visible pairs are
@@ -19,7 +23,7 @@ from typing import Any
 
 from maha_megatron import scales
 from maha_megatron.config.aggregation_cost import gram_flops, solver_flops
-from maha_megatron.config.derive import data_parallel_size, layer_attention, maha_windows, padded_vocabulary
+from maha_megatron.config.derive import data_parallel_size, layer_attention, maha_windows, padded_vocabulary, uses_maha
 from maha_megatron.config.schema import Config
 
 ROPE_FLOPS_PER_ELEMENT = 3
@@ -41,7 +45,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     model = config.model
     table = padded_vocabulary(config) * model.hidden
     heads_width, groups_width = model.heads * model.head_width, model.kv_groups * model.head_width
-    operator = {kind: _operator_parameters(config, kind) for kind in ("maha", "dense")}
+    operator = {kind: _operator_parameters(config, kind) for kind in ("maha", "refined", "dense")}
     return {
         "embedding": table,
         "attention_projections": model.layers * model.hidden * (2 * heads_width + 2 * groups_width),
@@ -60,16 +64,20 @@ def total_parameters(config: Config) -> int:
 def _operator_parameters(config: Config, kind: str) -> int:
     """Learned values of one attention layer beside its projections."""
     n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
-    section = config.maha if kind == "maha" else config.dense
+    section = config.dense if kind == "dense" else config.maha
     count = CONVOLUTION_TAPS * (n + 2 * g) * d if section.convolution else 0
-    if kind == "maha" or config.dense.qk_norm:
+    if kind != "dense" or config.dense.qk_norm:
         count += (n + g) * d
     levels = len(maha_windows(config))
-    return count + (_scale_parameters(config, levels) if kind == "maha" and levels > 1 else 0)
+    if kind == "dense" or levels == 1:
+        return count
+    return count + _scale_parameters(config, levels, levels + (kind == "refined"))
 
 
-def _scale_parameters(config: Config, levels: int) -> int:
-    """Learned values that only several scales have: pyramid, key maps, utilities, coupling, game."""
+def _scale_parameters(config: Config, levels: int, branches: int) -> int:
+    """Learned values that only several scales have: pyramid, key maps, utilities, coupling, game. `branches`: the
+    scales that are fused, opened keys among them.
+    """
     n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
     maha = config.maha
     per_summary = {"gated": d + maha.ratio, "conv": d * maha.ratio, "mean": 0, "max": 0}[maha.downsampling]
@@ -77,11 +85,11 @@ def _scale_parameters(config: Config, levels: int) -> int:
     if maha.key_map:
         count += (levels - 1) * g * d * d
     if maha.aggregation != "mean":
-        count += levels * n * (d + 1)
+        count += branches * n * (d + 1)
     if maha.coupling == "gram":
         count += n
     if maha.aggregation == "nash":
-        count += n * levels * (levels - 1) // 2
+        count += n * branches * (branches - 1) // 2
     return count
 
 
@@ -95,38 +103,64 @@ def attention_flops(config: Config, sequence_tokens: int) -> dict[str, dict[str,
         sequence_tokens: rows of the sequence; windows are those of the configuration.
 
     Returns:
-        {"maha": {term: FLOP}, "dense": {term: FLOP}}, both whether or not the model has such layers.
+        {kind of layer: {term: FLOP}}: maha and dense, whether or not the model has such layers, and refined where it
+        has.
     """
     n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
-    rows, levels, maha = sequence_tokens, len(maha_windows(config)), config.maha
+    rows = sequence_tokens
+    refined = {"refined": _maha_flops(config, rows, "refined")} if "refined" in config.model.attention else {}
+    return {
+        "maha": _maha_flops(config, rows, "maha"),
+        **refined,
+        "dense": {
+            "scores_and_values": 4 * d * n * (rows * (rows + 1) // 2),
+            "rope": ROPE_FLOPS_PER_ELEMENT * d * (n + g) * rows,
+            "convolution": _convolution_flops(config, rows) if config.dense.convolution else 0,
+        },
+    }
+
+
+def _maha_flops(config: Config, rows: int, kind: str) -> dict[str, float]:
+    """Terms of a layer of kind maha or refined."""
+    n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
+    levels, maha = len(maha_windows(config)), config.maha
+    branches = levels + (kind == "refined")
     blocks = _blocks(config, rows)
-    convolution = CONVOLUTION_FLOPS_PER_CHANNEL * (n + 2 * g) * d * rows
     children = maha.ratio * sum(blocks[1:])
     per_child = {"gated": 4 * d + 1, "conv": 2 * d, "mean": d, "max": d}[maha.downsampling]
     pooled = maha.queries == "pooled"
     queries = sum(blocks) if pooled else levels * rows
     fused = rows * n if levels > 1 else 0
-    utility = 0 if maha.aggregation == "mean" else levels * (2 * d + 1 + maha.lse_utility)
-    solver = solver_flops(levels, aggregation=maha.aggregation, regularizer=maha.regularizer, coupling=maha.coupling)
-    return {
-        "maha": {
-            "scores_and_values": 4 * d * n * _maha_pairs(config, rows, scales.visible_pairs),
-            "rope": ROPE_FLOPS_PER_ELEMENT * d * (n * queries + g * sum(blocks)),
-            "convolution": convolution if maha.convolution else 0,
-            "pyramid": 2 * g * per_child * children,
-            "key_map": 2 * d * d * g * sum(blocks[1:]) if maha.key_map else 0,
-            "pooled_queries": d * n * children if pooled else 0,
-            "utilities": fused * utility,
-            "gram": fused * gram_flops(levels, d) if maha.coupling == "gram" else 0,
-            "solver": fused * solver,
-            "combination": fused * levels * 2 * d,
-        },
-        "dense": {
-            "scores_and_values": 4 * d * n * (rows * (rows + 1) // 2),
-            "rope": ROPE_FLOPS_PER_ELEMENT * d * (n + g) * rows,
-            "convolution": convolution if config.dense.convolution else 0,
-        },
+    utility = 0 if maha.aggregation == "mean" else branches * (2 * d + 1 + maha.lse_utility)
+    solver = solver_flops(branches, aggregation=maha.aggregation, regularizer=maha.regularizer, coupling=maha.coupling)
+    terms = {
+        "scores_and_values": 4 * d * n * _pairs(config, rows, kind, scales.visible_pairs),
+        "rope": ROPE_FLOPS_PER_ELEMENT * d * (n * queries + g * sum(blocks)),
+        "convolution": _convolution_flops(config, rows) if maha.convolution else 0,
+        "pyramid": 2 * g * per_child * children,
+        "key_map": 2 * d * d * g * sum(blocks[1:]) if maha.key_map else 0,
+        "pooled_queries": d * n * children if pooled else 0,
+        "utilities": fused * utility,
+        "gram": fused * gram_flops(branches, d) if maha.coupling == "gram" else 0,
+        "solver": fused * solver,
+        "combination": fused * branches * 2 * d,
     }
+    if kind == "refined":
+        openable = sum(count * blocks for count, blocks in _openable_spans(config, rows))
+        terms["selection"] = openable * (n + (n - g) + config.refine.blocks * g)
+    return terms
+
+
+def _convolution_flops(config: Config, rows: int) -> int:
+    n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
+    return CONVOLUTION_FLOPS_PER_CHANNEL * (n + 2 * g) * d * rows
+
+
+def _openable_spans(config: Config, rows: int) -> list[tuple[int, int]]:
+    """(rows, blocks that each of them may open), over a document of `rows` rows."""
+    refine = config.refine
+    ratio, windows = config.maha.ratio, maha_windows(config)
+    return list(scales.openable_spans(rows, ratio, windows, refine.from_scale, refine.to_scale))
 
 
 def _blocks(config: Config, rows: int) -> list[int]:
@@ -135,16 +169,25 @@ def _blocks(config: Config, rows: int) -> list[int]:
     return [scales.complete_blocks(rows, stride) for stride in strides]
 
 
-def _maha_pairs(config: Config, rows: int, count: Callable[..., list[int]]) -> int:
-    """Pairs of a MAHA layer as `count` (scales.visible_pairs or loaded_pairs) counts them, over all scales.
+def _pairs(config: Config, rows: int, kind: str, count: Callable[..., list[int]]) -> int:
+    """Pairs of a MAHA or refined layer as `count` (scales.visible_pairs or loaded_pairs) counts them, over all scales.
 
-    Pooled queries pair blocks with blocks: within a scale it is a window over its blocks.
+    Pooled queries pair blocks with blocks: within a scale it is a window over its blocks. Rows that open anything load
+    all the blocks they could: a tile has the keys of one row and KV group.
     """
-    ratio, windows = config.maha.ratio, maha_windows(config)
-    if config.maha.queries == "full":
-        return sum(count(rows, ratio, windows))
-    blocks = _blocks(config, rows)
-    return sum(sum(count(number, ratio, (window,))) for number, window in zip(blocks, windows, strict=True))
+    ratio, windows, refine = config.maha.ratio, maha_windows(config), config.refine
+    if config.maha.queries == "pooled":
+        blocks = _blocks(config, rows)
+        return sum(sum(count(number, ratio, (window,))) for number, window in zip(blocks, windows, strict=True))
+    pairs = sum(count(rows, ratio, windows))
+    if kind == "refined":
+        spans = _openable_spans(config, rows)
+        opened = {
+            scales.visible_pairs: sum(number * min(blocks, refine.blocks) for number, blocks in spans),
+            scales.loaded_pairs: sum(number * refine.blocks for number, blocks in spans if blocks),
+        }[count]
+        pairs += opened * scales.stride(ratio, refine.from_scale - refine.to_scale)
+    return pairs
 
 
 def attention_savings(config: Config) -> dict[str, Any]:
@@ -158,15 +201,16 @@ def attention_savings(config: Config) -> dict[str, Any]:
     """
     rows, ratio = config.data.sequence_tokens, config.maha.ratio
     kinds = layer_attention(config)
-    operator = {kind: sum(terms.values()) for kind, terms in attention_flops(config, rows).items()}
-    peer = attention_flops(config, rows)["dense"]
-    if "maha" in kinds:
-        peer["convolution"] = attention_flops(config, rows)["maha"]["convolution"]
-    visible = {"maha": _maha_pairs(config, rows, scales.visible_pairs), "dense": rows * (rows + 1) // 2}
-    loaded = {
-        "maha": _maha_pairs(config, rows, scales.loaded_pairs),
-        "dense": sum(scales.loaded_pairs(rows, ratio, (rows,))),  # one scale that sees everything
-    }
+    flops = attention_flops(config, rows)
+    operator = {kind: sum(terms.values()) for kind, terms in flops.items()}
+    peer = dict(flops["dense"])
+    if uses_maha(config):
+        peer["convolution"] = flops["maha"]["convolution"]
+    of_maha = [kind for kind in flops if kind != "dense"]
+    visible = {kind: _pairs(config, rows, kind, scales.visible_pairs) for kind in of_maha}
+    visible["dense"] = rows * (rows + 1) // 2
+    loaded = {kind: _pairs(config, rows, kind, scales.loaded_pairs) for kind in of_maha}
+    loaded["dense"] = sum(scales.loaded_pairs(rows, ratio, (rows,)))  # one scale that sees everything
 
     def saved(cost: dict[str, float], dense_cost: float) -> float:
         return 1 - sum(cost[kind] for kind in kinds) / (len(kinds) * dense_cost)
@@ -187,8 +231,8 @@ def flops_per_token(config: Config) -> dict[str, float]:
     """Forward operations per token by term, over all layers; backward takes BACKWARD_PER_FORWARD times as many.
 
     Returns:
-        qkv, attention_maha, attention_dense (operators, all-in), attention_output, mlp, logits. Padding rows of the
-        vocabulary do not count: nobody asked for their logits.
+        qkv, attention_maha, attention_dense (operators, all-in; attention_refined where the model has such layers),
+        attention_output, mlp, logits. Padding rows of the vocabulary do not count: nobody asked for their logits.
     """
     model, rows = config.model, config.data.sequence_tokens
     heads_width, groups_width = model.heads * model.head_width, model.kv_groups * model.head_width
@@ -196,8 +240,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
     operator = {kind: sum(terms.values()) / rows for kind, terms in attention_flops(config, rows).items()}
     return {
         "qkv": 2.0 * model.layers * model.hidden * (heads_width + 2 * groups_width),
-        "attention_maha": kinds.count("maha") * operator["maha"],
-        "attention_dense": kinds.count("dense") * operator["dense"],
+        **{f"attention_{kind}": kinds.count(kind) * flops for kind, flops in operator.items()},
         "attention_output": 2.0 * model.layers * model.hidden * heads_width,
         "mlp": 2.0 * model.layers * 3 * model.hidden * model.ffn_hidden,
         "logits": 2.0 * model.hidden * model.vocabulary,
@@ -212,7 +255,8 @@ def training_flops_per_token(config: Config) -> float:
 def attention_share(config: Config) -> float:
     """Share of the attention operators (without projections) in the operations of a step, 0 to 1."""
     terms = flops_per_token(config)
-    return (terms["attention_maha"] + terms["attention_dense"]) / sum(terms.values())
+    operators = sum(terms.get(f"attention_{kind}", 0.0) for kind in ("maha", "refined", "dense"))
+    return operators / sum(terms.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

@@ -5,9 +5,14 @@ from maha_megatron.config.schema import Config
 
 
 def layer_attention(config: Config) -> tuple[str, ...]:
-    """The attention of each layer, "maha" or "dense": the pattern of model.attention repeated over the layers."""
+    """The attention of each layer, "maha", "refined" or "dense": model.attention's pattern repeated over the layers."""
     pattern = config.model.attention
     return tuple(pattern[layer % len(pattern)] for layer in range(config.model.layers))
+
+
+def uses_maha(config: Config) -> bool:
+    """Whether any layer reads scales, with section maha: a MAHA layer, or a refined one, which is MAHA and more."""
+    return not {"maha", "refined"}.isdisjoint(config.model.attention)
 
 
 def maha_windows(config: Config) -> tuple[int, ...]:

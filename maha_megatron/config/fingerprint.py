@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from maha_megatron.config.derive import layer_attention, maha_windows, padded_vocabulary
+from maha_megatron.config.derive import layer_attention, maha_windows, padded_vocabulary, uses_maha
 from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.schema import Config
 
@@ -33,6 +33,7 @@ _MAHA_KEYS = (
     "lse_utility",
     "convolution",
 )
+_REFINE_KEYS = ("from_scale", "to_scale", "blocks")
 _DENSE_KEYS = ("qk_norm", "convolution")
 # Keys younger than the first checkpoints, and what every model was before they existed. A model that is still that has
 # the fingerprint it always had, so checkpoints without the key continue.
@@ -55,9 +56,11 @@ def model_description(config: Config) -> dict[str, Any]:
     description = {f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS}
     description["model.vocabulary (padded)"] = padded_vocabulary(config)
     description["model.attention"] = list(kinds)
-    if "maha" in kinds:
+    if uses_maha(config):
         description |= {f"maha.{key}": getattr(config.maha, key) for key in _MAHA_KEYS}
         description["maha.windows"] = list(maha_windows(config))
+    if "refined" in kinds:
+        description |= {f"refine.{key}": getattr(config.refine, key) for key in _REFINE_KEYS}
     if "dense" in kinds:
         description |= {f"dense.{key}": getattr(config.dense, key) for key in _DENSE_KEYS}
     return description

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from maha_megatron.config.derive import layer_attention, maha_windows
+from maha_megatron.config.derive import maha_windows, uses_maha
 from maha_megatron.config.rules import check_config
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
@@ -88,7 +88,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML for people; loads to an equal Config.
 
-    Every key is written out with its sentence of help above it. Where MAHA layers have maha.windows empty, a
+    Every key is written out with its sentence of help above it. Where layers with scales have maha.windows empty, a
     comment beside it tells which windows data.sequence_tokens gives.
     """
     tree, lines = config_to_dict(config), []
@@ -100,7 +100,7 @@ def dump_yaml(config: Config) -> str:
             text = yaml.safe_dump([value], sort_keys=False, default_flow_style=True, width=math.inf).strip()[1:-1]
             lines += textwrap.wrap(key.metadata["help"], width=110, initial_indent="  # ", subsequent_indent="  # ")
             lines.append(f"  {key.name}: {text}")
-            if (section.name, key.name) == ("maha", "windows") and not value and "maha" in layer_attention(config):
+            if (section.name, key.name) == ("maha", "windows") and not value and uses_maha(config):
                 lines[-1] += f"  # here {list(maha_windows(config))}"
     return "\n".join(lines[1:]) + "\n"
 

@@ -4,6 +4,7 @@ A configuration travels: inside checkpoints, records and other people's files. S
 enough to run it; the command line of this very run has to give the same name by --allow-program.
 """
 
+from maha_megatron.config.derive import uses_maha
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
 
@@ -40,4 +41,4 @@ def allowed_program(config: Config, allowed: str | None) -> str | None:
 
 def states_program(config: Config) -> bool:
     """Whether building this model runs code that the configuration names."""
-    return config.maha.aggregation == "program" and "maha" in config.model.attention
+    return config.maha.aggregation == "program" and uses_maha(config)

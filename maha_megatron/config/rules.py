@@ -17,7 +17,9 @@ from maha_megatron.config.derive import (
     maha_windows,
     micro_batch_tokens,
     padded_vocabulary,
+    uses_maha,
 )
+from maha_megatron.config.refine_rules import REFINE_RULES
 from maha_megatron.config.schema import Config, Maha, Model, Optimizer, Schedule, Zero
 from maha_megatron.errors import ConfigError
 
@@ -101,7 +103,7 @@ def embedding_start_is_used(config: Config) -> str | None:
 
 def windows_are_possible(config: Config) -> str | None:
     """Ratio, number of scales and window sizes that the operator is defined for, and nothing out of reach."""
-    if not _uses_maha(config):
+    if not uses_maha(config):
         return None
     ratio, windows, tokens = config.maha.ratio, maha_windows(config), config.data.sequence_tokens
     if ratio not in scales.RATIOS:
@@ -128,7 +130,7 @@ def windows_are_possible(config: Config) -> str | None:
 
 def windows_reach_sequence(config: Config) -> str | None:
     ratio, windows, tokens = config.maha.ratio, maha_windows(config), config.data.sequence_tokens
-    if not (_uses_maha(config) and config.maha.full_reach):
+    if not (uses_maha(config) and config.maha.full_reach):
         return None
     row = scales.first_unreached_row(tokens, ratio, windows)
     if row is not None:
@@ -138,10 +140,6 @@ def windows_reach_sequence(config: Config) -> str | None:
             "sight is meant"
         )
     return None
-
-
-def _uses_maha(config: Config) -> bool:
-    return "maha" in config.model.attention
 
 
 def _proposal(config: Config) -> str:
@@ -335,7 +333,7 @@ def attention_keys_have_effect(config: Config) -> str | None:
     if not kinds:
         return None  # said by pattern_fills_layers
     unused = []
-    if "maha" not in kinds:
+    if not uses_maha(config):
         keys = [field.name for field in dataclasses.fields(Maha) if field.name != "backend"]
         unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), keys)]
     elif len(maha_windows(config)) == 1:
@@ -351,7 +349,7 @@ def attention_keys_have_effect(config: Config) -> str | None:
 
 def aggregation_keys_have_effect(config: Config) -> str | None:
     """Settings of fusing the scales that the chosen aggregation does not read."""
-    if not _uses_maha(config) or len(maha_windows(config)) == 1:
+    if not uses_maha(config) or len(maha_windows(config)) == 1:
         return None  # said by attention_keys_have_effect
     aggregation = config.maha.aggregation
     keys, why = _NOT_READ[aggregation]
@@ -362,7 +360,7 @@ def aggregation_keys_have_effect(config: Config) -> str | None:
 
 
 def program_is_named(config: Config) -> str | None:
-    if not _uses_maha(config) or config.maha.aggregation != "program":
+    if not uses_maha(config) or config.maha.aggregation != "program":
         return None
     module, _, function = config.maha.program.partition(":")
     if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
@@ -412,5 +410,6 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     attention_keys_have_effect,
     aggregation_keys_have_effect,
     program_is_named,
+    *REFINE_RULES,
 )
 TOPOLOGY_RULES: tuple[Callable[[Config, int], str | None], ...] = (ranks_divide_batch,)

@@ -48,8 +48,9 @@ class Model:
     attention: tuple[str, ...] = leaf(
         ("maha",),
         owner="model",
-        choices=("maha", "dense"),
-        help="Attention of each layer, as a pattern repeated over the layers: [maha, maha, maha, dense] is the hybrid.",
+        choices=("maha", "dense", "refined"),
+        help="Attention of each layer, as a pattern repeated over the layers: [maha, maha, maha, dense] is the hybrid; "
+        "refined is MAHA that also opens the blocks which matter to a row (section refine).",
     )
     vocabulary: int = leaf(32000, owner="model", help="Token ids the tokenizer can produce.", minimum=2)
     vocabulary_multiple: int = leaf(
@@ -144,6 +145,30 @@ class Maha:
         choices=("naive", "eager", "triton"),
         help="Implementation: naive is the readable reference, eager the fast plain torch form, triton the kernels for "
         "GPUs, with eager for what none serves.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refine:
+    """Of refined layers; all else of them is in section maha."""
+
+    from_scale: int = leaf(
+        2,
+        owner="attention",
+        help="Scale whose blocks are opened, by the attention that they get; its window bounds how far back they lie.",
+        minimum=1,
+    )
+    to_scale: int = leaf(
+        0,
+        owner="attention",
+        help="Scale whose keys an opened block gives: 0 for its tokens, else the summaries of that scale in it.",
+        minimum=0,
+    )
+    blocks: int = leaf(
+        4,
+        owner="attention",
+        help="Blocks that each row and KV group opens, of those beyond the window of to_scale; all, where fewer are.",
+        minimum=1,
     )
 
 
@@ -340,6 +365,7 @@ class Config:
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
     maha: Maha = field(default_factory=Maha)
+    refine: Refine = field(default_factory=Refine)
     dense: Dense = field(default_factory=Dense)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from maha_megatron.attention.spec import ParameterSpec, dense_parameter_specs, maha_parameter_specs
+from maha_megatron.config.derive import layer_attention
 from maha_megatron.config.schema import Config
 from maha_megatron.model.names import cut_shard, full_shape, is_attention_parameter, logical_names
 from maha_megatron.model.operators import dense_spec, maha_spec
@@ -48,7 +49,8 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if is_attention_parameter(name):
-        spec = _attention_parameters(config)[name.rpartition(".")[2]]
+        _, layer, _, field = name.split(".")
+        spec = _attention_parameters(config, layer_attention(config)[int(layer)])[field]
         assert spec.shape == tuple(shape), (name, spec.shape, tuple(shape))
         return spec.initial()
     std = config.model.init_std
@@ -62,10 +64,12 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
     return value
 
 
-def _attention_parameters(config: Config) -> dict[str, ParameterSpec]:
-    """Whole learned tensors of the model's attention layers by field; those both kinds have are the same in both."""
+def _attention_parameters(config: Config, kind: str) -> dict[str, ParameterSpec]:
+    """Whole learned tensors of an attention layer of `kind` by field."""
     sizes = {"n": config.model.heads, "g": config.model.kv_groups, "d": config.model.head_width}
-    return dense_parameter_specs(dense_spec(config), **sizes) | maha_parameter_specs(maha_spec(config), **sizes)
+    if kind == "dense":
+        return dense_parameter_specs(dense_spec(config), **sizes)
+    return maha_parameter_specs(maha_spec(config, kind), **sizes)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from maha_megatron.attention.aggregation.stated_program import load_program
-from maha_megatron.attention.spec import DenseSpec, MahaSpec, absent_program
+from maha_megatron.attention.spec import DenseSpec, MahaSpec, Refinement, absent_program
 from maha_megatron.config.derive import maha_windows
 from maha_megatron.config.programs import allowed_program
 from maha_megatron.config.schema import Config
@@ -14,9 +14,11 @@ from maha_megatron.model.maha_core_attention import MahaCoreAttention
 
 
 def core_attention_spec(config: Config, kind: str, program: Callable | None = None) -> ModuleSpec:
-    """The core-attention submodule of a layer of `kind` "maha" or "dense"; `program` as of `stated_program`."""
-    if kind == "maha":
-        return ModuleSpec(module=MahaCoreAttention, params=_params(config, maha_spec(config, program)))
+    """The core-attention submodule of a layer of `kind` "maha", "refined" or "dense"; `program` as of
+    `stated_program`.
+    """
+    if kind in ("maha", "refined"):
+        return ModuleSpec(module=MahaCoreAttention, params=_params(config, maha_spec(config, kind, program)))
     assert kind == "dense", kind
     return ModuleSpec(module=DenseCoreAttention, params=_params(config, dense_spec(config)))
 
@@ -38,8 +40,8 @@ def stated_program(config: Config, allowed: str | None) -> Callable | None:
     return load_program(name, scales=len(maha_windows(config)), coupling=config.maha.coupling)
 
 
-def maha_spec(config: Config, program: Callable | None = None) -> MahaSpec:
-    """The numbers of a MAHA layer, with the program that `stated_program` loaded.
+def maha_spec(config: Config, kind: str, program: Callable | None = None) -> MahaSpec:
+    """The numbers of a layer of `kind` "maha" or "refined", with the program that `stated_program` loaded.
 
     Without it, where the configuration states one, the spec is good for shapes only (`absent_program`).
     """
@@ -58,7 +60,13 @@ def maha_spec(config: Config, program: Callable | None = None) -> MahaSpec:
         lse_utility=config.maha.lse_utility,
         convolution=config.maha.convolution,
         rope_base=config.model.rope_base,
+        refine=_refinement(config) if kind == "refined" else None,
     )
+
+
+def _refinement(config: Config) -> Refinement:
+    refine = config.refine
+    return Refinement(from_scale=refine.from_scale, to_scale=refine.to_scale, blocks=refine.blocks)
 
 
 def dense_spec(config: Config) -> DenseSpec:

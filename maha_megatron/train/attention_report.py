@@ -71,7 +71,7 @@ def _weights_figure(index: int, layer: LayerReach) -> Figure:
     figure, panels = _panels(heads, f"layer {index}: weight of each scale by token")
     for head, axes in enumerate(panels):
         bands = [weights_tnl[:, head, scale].tolist() for scale in range(scales)]
-        axes.stackplot(range(rows), bands, labels=[f"scale {scale}" for scale in range(scales)])
+        axes.stackplot(range(rows), bands, labels=layer.names_l)
         axes.set(title=f"head {head}", xlim=(0, rows - 1), ylim=(0, 1), xlabel="token")
     panels[0].legend(loc="lower left", fontsize="x-small")
     return figure

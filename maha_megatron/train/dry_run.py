@@ -39,7 +39,7 @@ def dry_run(config: Config, world_size: int) -> str:
     forward = flops_per_token(config)
     batch_tokens = config.train.global_batch_samples * config.data.sequence_tokens
     sections = {
-        f"model: {len(kinds)} layers, {kinds.count('maha')} maha and {kinds.count('dense')} dense; parameters": {
+        f"model: {len(kinds)} layers, {_counted(kinds)}; parameters": {
             **{name: format_count(count) for name, count in parameter_counts(config).items()},
             "total": format_count(total),
         },
@@ -61,6 +61,12 @@ def dry_run(config: Config, world_size: int) -> str:
         },
     }
     return "\n".join(_section(title, values) for title, values in sections.items())
+
+
+def _counted(kinds: tuple[str, ...]) -> str:
+    """How many layers of each kind: refined ones are named where there are some."""
+    counts = [f"{kinds.count(kind)} {kind}" for kind in ("maha", "refined") if kind == "maha" or kind in kinds]
+    return f"{', '.join(counts)} and {kinds.count('dense')} dense"
 
 
 def _section(title: str, values: dict[str, str]) -> str:

@@ -222,9 +222,10 @@ class Engine:
         self._inner.module.collect_scale_weights = False
         if not weights:
             return {}
-        mean_ml = torch.stack(list(weights.values()))  # m layers that have scales, l scales
-        dist.all_reduce(mean_ml, group=groups.data_group())
-        return dict(zip(weights, (mean_ml / groups.data_size()).tolist(), strict=True))
+        mean = torch.cat(list(weights.values()))  # of all layers that have scales; refined ones have one weight more
+        dist.all_reduce(mean, group=groups.data_group())
+        by_layer = (mean / groups.data_size()).split([len(mean_l) for mean_l in weights.values()])
+        return {layer: mean_l.tolist() for layer, mean_l in zip(weights, by_layer, strict=True)}
 
     def _plain_gradient_norm(self) -> float:
         """Norm of the reduced gradients without ZeRO; a parameter that every tensor rank holds whole counts once."""

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from maha_megatron.config.accounting import total_parameters, training_flops_per_token
+from maha_megatron.config.derive import maha_windows
 from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import SourceShare
 from maha_megatron.data.manifest import Manifest, read_manifest
@@ -154,8 +155,10 @@ class RunOutput:
             **self._throughput.take(),
             "memory_bytes": peak_memory_bytes(),
         }
+        branches = [*(f"scale_{scale}" for scale in range(len(maha_windows(self._config)))), "opened"]
         for layer, weights in result.scale_weights.items():
-            row |= {f"scale_weight/layer_{layer:02d}/scale_{scale}": weight for scale, weight in enumerate(weights)}
+            names = branches[: len(weights)]
+            row |= {f"scale_weight/layer_{layer:02d}/{name}": x for name, x in zip(names, weights, strict=True)}
         return row
 
     def __enter__(self) -> "RunOutput":

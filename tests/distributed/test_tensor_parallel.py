@@ -30,6 +30,7 @@ CONFIGS = {
     "maha_mean_no_lse": {"model__attention": ("maha",), "maha__downsampling": "mean", "maha__lse_utility": False},
     "maha_conv_key_map": {"model__attention": ("maha",), "maha__downsampling": "conv", "maha__key_map": True},
     "maha_nash_gram": {"model__attention": ("maha",), "maha__aggregation": "nash", "maha__coupling": "gram"},
+    "refined": {"model__attention": ("maha", "refined"), "maha__windows": (4, 6, 16)},
     # the second rank's share of the vocabulary is nothing but padding
     "hybrid_tied": {"model__tied_embeddings": True, "model__vocabulary": 60},
     "dense": {"model__attention": ("dense",)},

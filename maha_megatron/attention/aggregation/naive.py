@@ -60,7 +60,8 @@ def programs(q_tnd, out_tnld, lse_tnl, parameters, spec) -> tuple[torch.Tensor, 
         payoff_tnl = payoff_tnl + lse_tnl
     wide = torch.promote_types(q_tnd.dtype, torch.float32)
     payoff_tnl = torch.where(feasible_tnl, payoff_tnl, 0.0).to(wide)
-    matrix_tnll = payoff_tnl.new_zeros(*payoff_tnl.shape, spec.scales)
+    branches = spec.branches
+    matrix_tnll = payoff_tnl.new_zeros(*payoff_tnl.shape, branches)
     if spec.coupling == "gram":
         products = torch.einsum("tnid,tnjd->tnij", out_tnld, out_tnld).to(wide)
         mean_square = torch.einsum("tnii->tn", products) / feasible_tnl.sum(-1)
@@ -68,10 +69,10 @@ def programs(q_tnd, out_tnld, lse_tnl, parameters, spec) -> tuple[torch.Tensor, 
         matrix_tnll = matrix_tnll + F.softplus(parameters.coupling_raw)[:, None, None] * gram
     if spec.aggregation == "nash":
         game = {}
-        for place, (i, j) in enumerate(itertools.combinations(range(spec.scales), 2)):
+        for place, (i, j) in enumerate(itertools.combinations(range(branches), 2)):
             game[i, j], game[j, i] = parameters.skew[:, place], -parameters.skew[:, place]
         nothing = torch.zeros_like(parameters.skew[:, 0])
-        rows = [[game.get((i, j), nothing) for j in range(spec.scales)] for i in range(spec.scales)]
+        rows = [[game.get((i, j), nothing) for j in range(branches)] for i in range(branches)]
         matrix_tnll = matrix_tnll + torch.stack([torch.stack(row, -1) for row in rows], -2)
     return payoff_tnl, matrix_tnll
 

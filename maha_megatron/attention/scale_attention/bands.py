@@ -40,6 +40,11 @@ class Band:
         """Tiles in a chunk of `rows` rows."""
         return rows // self.tile_rows if self.step else 1
 
+    def first_slot(self, row: torch.Tensor, start: int) -> torch.Tensor:
+        """The slot at which the band of each row begins, in a chunk whose rows `row` begin at `start`."""
+        tile = row // self.tile_rows * self.step if self.step else torch.full_like(row, start // self.stride_rows)
+        return tile - self.lookback
+
     def span(self, start: int, rows: int) -> range:
         """Slots that a chunk of rows start..start+rows reads: those of all its bands together."""
         first = start // self.stride_rows - self.lookback
@@ -105,7 +110,7 @@ def visibility_bias(
 ) -> torch.Tensor:
     """What to add to the logits of a chunk, whose rows `row` begin at `start`: 0 or -inf, [rows, width]."""
     first, end = visible_slots(row, document, band.stride_rows, band.window)
-    base = (row // band.tile_rows * band.step if band.step else start // band.stride_rows) - band.lookback
+    base = band.first_slot(row, start)
     # slots first..end-1 lie less than half their count from their middle; this form has vectorised kernels on a CPU
     half = ((end - first) / 2).to(dtype)[:, None]
     middle = ((first + end - 1 - 2 * base) / 2).to(dtype)[:, None]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from maha_megatron.attention.normalise_rotate import normalise, normalise_rotate, quarter_turn, rotation
 from maha_megatron.attention.scale_attention.bands import gather_tiles, plan_bands, visibility_bias
+from maha_megatron.attention.scale_attention.opened import Opened, chunk_rows
 from maha_megatron.attention.slots import slots_of
 from maha_megatron.attention.spec import MahaSpec
 
@@ -40,28 +41,33 @@ def exp_(x: torch.Tensor) -> torch.Tensor:
 class Call:
     """What one call holds for all its chunks: parameters and where slots stand. Keys are made chunk by chunk.
 
-    `tensors` are the keys and values of every scale: keys of scale 0, values of scale 0, keys of scale 1, ...
+    `tensors` are the keys and values of every scale: keys of scale 0, values of scale 0, keys of scale 1, ...; under
+    refinement also those that may be opened, whose attention is that of one more scale, the last. `opened`: what a
+    forward opened (`Opened.first_child`), for its backward.
 
     Logits, softmax and accumulation are in at least fp32. Matrix products read operands in the inputs' dtype on CUDA,
     where tensor cores want them. On a CPU that multiplies bf16 (4 times as fast as fp32) only those do that come after
     the softmax: their results are rounded to bf16 before they are summed over scales and tiles in fp32.
     """
 
-    def __init__(self, q, query_gain, key_gain, rho, beta, document_start_t, spec: MahaSpec, past_slots, tensors):
+    def __init__(self, q, query_gain, key_gain, rho, beta, start_t, spec: MahaSpec, past_slots, tensors, opened=None):
         rows, heads, _ = q.shape
         self.q, self.spec, self.past_slots = q, spec, past_slots
-        self.keys, self.values = tensors[::2], tensors[1::2]
+        self.keys, self.values = tensors[: 2 * spec.scales : 2], tensors[1 : 2 * spec.scales : 2]
         self.query_gain, self.key_gain, self.rho, self.beta = query_gain, key_gain, rho, beta
         self.groups, self.dtype = self.keys[0].shape[1], torch.promote_types(q.dtype, torch.float32)
         self.operand = q.dtype if q.is_cuda else self.dtype
         self.fast = q.dtype if q.is_cuda or (q.dtype == torch.bfloat16 and _multiplies_bf16()) else self.dtype
         limit = _LOGITS_PER_CHUNK["cuda" if q.is_cuda else "cpu"] // (heads * 2 * max(spec.windows))
+        if spec.refine is not None:
+            limit = min(limit, chunk_rows(self.groups, q, spec))
         self.plan = plan_bands(rows, spec.ratio, spec.windows, limit, past_slots)
         self.bands = self.plan.bands
         # a padding row is a document of its own: it sees nothing of the sequence, and nothing sees it
-        self.document = F.pad(document_start_t, (0, self.plan.padded_rows - rows), value=rows)
+        self.document = F.pad(start_t, (0, self.plan.padded_rows - rows), value=rows)
         self._position = [self._positions(scale) for scale in range(spec.scales)]
         self._spans, self._operands = [range(0)] * spec.scales, [(None, None)] * spec.scales
+        self.opened = None if spec.refine is None else Opened(self, *tensors[2 * spec.scales :], opened)
 
     def _positions(self, scale: int) -> torch.Tensor:
         """fp64 [entries]: position b + (R - 1) / R of block b is that of its last row, over R."""
@@ -155,7 +161,9 @@ class Chunk:
         width, position = self.raw.shape[-1], (self.row - self.document).double()
         positions = torch.stack([position / band.stride_rows for band in self.call.bands])
         cos, sin = rotation(positions[..., None], width, self.call.spec.rope_base, self.call.dtype)
-        return list(zip(cos.mul_(width**-0.5), sin.mul_(width**-0.5), strict=True))
+        turns = list(zip(cos.mul_(width**-0.5), sin.mul_(width**-0.5), strict=True))
+        refine = self.call.spec.refine
+        return turns if refine is None else [*turns, turns[refine.to_scale]]
 
     def rotated(self, scale: int) -> torch.Tensor:
         """Queries as the logits of one scale read them."""
@@ -166,21 +174,26 @@ class Chunk:
         """[g, rows, n/g, width of the band], -inf where a slot is not visible."""
         rotated = self.to_tiles(rotated, scale, self.call.operand)
         logits = self.from_tiles(product(rotated, self.tiles(scale)[0].mT))
+        if scale == self.call.spec.scales:
+            return logits.add_(self.call.opened.bias(self))
         bias = visibility_bias(self.call.bands[scale], self.row, self.start, self.document, logits.dtype)
         return logits.add_(bias[:, None])
 
-    def tiles(self, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def tiles(self, scale: int) -> list[torch.Tensor]:
         """Keys and values of the bands of this chunk: [g * tiles, width of the band, d]; kept until another scale."""
         if self._held != scale:
-            band = self.call.bands[scale]
             self._tiles = None  # first, so that two scales' tiles never exist at once
-            self._tiles = tuple(gather_tiles(span, band, self.rows) for span in self.call.operands(scale))
+            if scale == self.call.spec.scales:
+                self._tiles = self.call.opened.gather(self)
+            else:
+                band = self.call.bands[scale]
+                self._tiles = [gather_tiles(span, band, self.rows) for span in self.call.operands(scale)]
             self._held = scale
         return self._tiles
 
     def to_tiles(self, x: torch.Tensor, scale: int, dtype: torch.dtype) -> torch.Tensor:
         """[g, rows, n/g, z] -> [g * tiles, tile rows * n/g, z], an operand of a matrix product."""
-        count = self.call.bands[scale].tiles(self.rows)
+        count = self.rows if scale == self.call.spec.scales else self.call.bands[scale].tiles(self.rows)
         return x.to(dtype).reshape(x.shape[0] * count, -1, x.shape[-1])
 
     def from_tiles(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,11 +202,17 @@ class Chunk:
 
 
 def attend_scale(chunk: Chunk, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [g, rows, n/g, d] and log-sum-exp [g, rows, n/g] of one scale; 0 and -inf where nothing is visible."""
+    """Output [g, rows, n/g, d] and log-sum-exp [g, rows, n/g] of one scale; 0 and -inf where nothing is visible.
+
+    At refine.from_scale the chunk's rows then choose what they open.
+    """
     logits = chunk.logits(chunk.rotated(scale), scale)
     # a row that sees nothing has maximum -inf: any finite shift then gives exp(-inf) = 0
     top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     p = exp_(logits.sub_(top))
     mass = p.sum(-1, keepdim=True)
     output = chunk.from_tiles(product(chunk.to_tiles(p, scale, chunk.call.fast), chunk.tiles(scale)[1]))
-    return output.div_(mass.clamp(min=torch.finfo(mass.dtype).tiny)), (top + mass.log()).squeeze(-1)
+    least = mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    if chunk.call.opened is not None and scale == chunk.call.spec.refine.from_scale:
+        chunk.call.opened.choose(chunk, p.div_(least))
+    return output.div_(least), (top + mass.log()).squeeze(-1)

@@ -31,7 +31,7 @@ def attend(
 ) -> Attended:
     """Output, scale weights and what solving them left; `levels` are the packed keys and values of every scale.
 
-    `past_slots`: how many slots of each level lie in front of slot 0, at most its window; none where it is not given.
+    `past_slots`: how many slots of each level lie in front of slot 0, at most its held entries; none if not given.
     The weights are returned whether asked for or not: the output needs them.
 
     Raises:
@@ -39,6 +39,10 @@ def attend(
     """
     document_start_t = document_start_t.long()
     past_slots = tuple(past_slots or (0,) * spec.scales)
+    opened = ()
+    if spec.refine is not None:
+        opened = levels[spec.refine.to_scale]
+        levels, past_slots = _within_windows(levels, past_slots, spec)
     if spec.scales == 1:  # one scale weighs 1, and a block of one row is that row
         joint = spec
     elif spec.queries == "full" and spec.aggregation == "mean":
@@ -47,12 +51,20 @@ def attend(
     else:
         joint = spec if spec.queries == "full" and spec.joint_softmax else None
     if joint is not None:
-        out_tnd, weights_tnl = attend_jointly(q_tnd, levels, document_start_t, parameters, joint, past_slots)
+        out_tnd, weights_tnl = attend_jointly(q_tnd, levels, document_start_t, parameters, joint, past_slots, opened)
         return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
     if spec.queries == "pooled":
         assert not any(past_slots), "pooled queries have no past"
         outputs_tnld, lse_tnl = attend_pooled(q_tnd, levels, document_start_t, parameters, spec)
     else:
-        outputs_tnld, lse_tnl = attend_scales(q_tnd, levels, document_start_t, parameters, spec, past_slots)
+        inputs = (q_tnd, levels, document_start_t, parameters, spec, past_slots, opened)
+        outputs_tnld, lse_tnl = attend_scales(*inputs)
     out_tnd, weights_tnl, report = aggregate(q_tnd, outputs_tnld, lse_tnl, parameters, spec)
     return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl.detach(), report=report)
+
+
+def _within_windows(levels, past_slots, spec):
+    """Levels and past_slots without what lies in front of slot 0 and out of every window: blocks that may be opened."""
+    spare = [max(past - window, 0) for past, window in zip(past_slots, spec.windows, strict=True)]
+    levels = [tuple(x[count:] for x in level) for count, level in zip(spare, levels, strict=True)]
+    return levels, tuple(past - count for past, count in zip(past_slots, spare, strict=True))

@@ -32,11 +32,13 @@ def attend_jointly(
     parameters: AttentionParameters,
     spec: MahaSpec,
     past_slots: tuple[int, ...],
+    opened: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [t, n, d] in q's dtype and scale weights [t, n, L], detached and at least fp32: softmax of the utilities.
 
     `levels` are the packed keys and values of every scale, each with `past_slots` in front of slot 0. Without
-    `utility_query` the learned utilities are 0.
+    `utility_query` the learned utilities are 0. `opened`: the keys and values that a refined layer may open, the last
+    of its branches.
     """
     return _JointAttention.apply(
         q_tnd,
@@ -47,7 +49,7 @@ def attend_jointly(
         document_start_t,
         spec,
         past_slots,
-        *itertools.chain(*levels),
+        *itertools.chain(*levels, opened),
     )
 
 
@@ -56,11 +58,12 @@ class _JointAttention(torch.autograd.Function):
     def forward(ctx, q, query_gain, key_gain, rho, beta, document_start_t, spec, past_slots, *levels):
         call = Call(q, query_gain, key_gain, rho, beta, document_start_t, spec, past_slots, levels)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        weights = torch.empty(*q.shape[:2], spec.scales, dtype=call.dtype, device=q.device)
+        weights = torch.empty(*q.shape[:2], spec.branches, dtype=call.dtype, device=q.device)
         offsets = torch.empty_like(weights)
         for start, rows in call.plan.chunks():
             _attend_chunk(Chunk(call, start, rows), out, weights, offsets)
-        ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels)
+        first_child = None if call.opened is None else call.opened.first_child
+        ctx.save_for_backward(q, query_gain, key_gain, rho, beta, document_start_t, first_child, out, offsets, *levels)
         ctx.spec, ctx.past_slots = spec, past_slots
         ctx.mark_non_differentiable(weights)
         return out, weights
@@ -68,8 +71,8 @@ class _JointAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, _):
-        q, query_gain, key_gain, rho, beta, document_start_t, out, offsets, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, rho, beta, document_start_t, ctx.spec, ctx.past_slots, levels)
+        *inputs, first_child, out, offsets = ctx.saved_tensors[:9]
+        call = Call(*inputs, ctx.spec, ctx.past_slots, ctx.saved_tensors[9:], first_child)
         grads = Gradients(call)
         for start, rows in call.plan.chunks():
             _attend_chunk_backward(Chunk(call, start, rows), grad_out, out, offsets, grads)
@@ -83,12 +86,12 @@ class _JointAttention(torch.autograd.Function):
 def _attend_chunk(chunk: Chunk, out: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> None:
     """Writes the chunk's rows of `out` [t, n, d], `weights` and `offsets` [t, n, L]."""
     spec = chunk.call.spec
-    outputs, lses = zip(*(attend_scale(chunk, scale) for scale in range(spec.scales)), strict=True)
+    outputs, lses = zip(*(attend_scale(chunk, scale) for scale in range(spec.branches)), strict=True)
     lse = torch.stack(lses, dim=-1)
     log_weights = scale_log_weights(chunk.utility, lse, spec.lse_utility)
     weight = log_weights.exp()
     fused = outputs[0].mul_(weight[..., 0, None])
-    for scale in range(1, spec.scales):
+    for scale in range(1, spec.branches):
         fused.addcmul_(outputs[scale], weight[..., scale, None])
     chunk.write(out, fused)
     chunk.write(weights, weight)
@@ -102,7 +105,7 @@ def _attend_chunk_backward(
     grad = chunk.read(grad_out)
     offset = chunk.read(offsets)
     delta = (grad * chunk.read(out)).sum(-1, keepdim=True)
-    scales = range(chunk.call.spec.scales)
+    scales = range(chunk.call.spec.branches)
     shares = [_attend_scale_backward(chunk, scale, grad, offset, delta, grads) for scale in scales]
     grads.add_queries(chunk, *zip(*shares, strict=True))
 

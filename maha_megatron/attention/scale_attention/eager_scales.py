@@ -24,14 +24,16 @@ def attend_scales(
     parameters: AttentionParameters,
     spec: MahaSpec,
     past_slots: tuple[int, ...],
+    opened: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs O [t, n, L, d] and log-sum-exps [t, n, L] of every scale, at least fp32: 0 and -inf where infeasible.
 
     `levels` are the packed keys and values of every scale, each with `past_slots` in front of slot 0;
-    `document_start_t` is int64. A gradient of an infeasible LSE goes nowhere, but it must be finite.
+    `document_start_t` is int64; `opened` are the keys and values that a refined layer may open, one more scale, the
+    last. A gradient of an infeasible LSE goes nowhere, but it must be finite.
     """
     gains = (parameters.query_gain, parameters.key_gain)
-    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, past_slots, *itertools.chain(*levels))
+    return _ScalesAttention.apply(q_tnd, *gains, document_start_t, spec, past_slots, *itertools.chain(*levels, opened))
 
 
 class _ScalesAttention(torch.autograd.Function):
@@ -39,24 +41,26 @@ class _ScalesAttention(torch.autograd.Function):
     def forward(ctx, q, query_gain, key_gain, document_start_t, spec, past_slots, *levels):
         call = Call(q, query_gain, key_gain, None, None, document_start_t, spec, past_slots, levels)
         rows, heads, width = q.shape
-        outputs = torch.empty(rows, heads, spec.scales, width, dtype=call.dtype, device=q.device)
-        lses = torch.empty(rows, heads, spec.scales, dtype=call.dtype, device=q.device)
+        outputs = torch.empty(rows, heads, spec.branches, width, dtype=call.dtype, device=q.device)
+        lses = torch.empty(rows, heads, spec.branches, dtype=call.dtype, device=q.device)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
-            for scale in range(spec.scales):
+            for scale in range(spec.branches):
                 output, lse = attend_scale(chunk, scale)
                 chunk.write(outputs[:, :, scale], output)
                 chunk.write(lses[:, :, scale, None], lse[..., None])
-        ctx.save_for_backward(q, query_gain, key_gain, document_start_t, outputs, lses, *levels)
+        first_child = None if call.opened is None else call.opened.first_child
+        ctx.save_for_backward(q, query_gain, key_gain, document_start_t, first_child, outputs, lses, *levels)
         ctx.spec, ctx.past_slots = spec, past_slots
         return outputs, lses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_outputs, grad_lses):
-        q, query_gain, key_gain, document_start_t, outputs, lses, *levels = ctx.saved_tensors
-        call = Call(q, query_gain, key_gain, None, None, document_start_t, ctx.spec, ctx.past_slots, levels)
-        grads, scales = Gradients(call), range(ctx.spec.scales)
+        q, query_gain, key_gain, document_start_t, first_child, outputs, lses, *levels = ctx.saved_tensors
+        learned = (query_gain, key_gain, None, None)
+        call = Call(q, *learned, document_start_t, ctx.spec, ctx.past_slots, levels, first_child)
+        grads, scales = Gradients(call), range(ctx.spec.branches)
         for start, rows in call.plan.chunks():
             chunk = Chunk(call, start, rows)
             grads.start_chunk(chunk)

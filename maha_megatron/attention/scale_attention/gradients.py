@@ -32,6 +32,8 @@ class Gradients:
         self.key_gain = torch.zeros_like(call.key_gain, dtype=call.dtype)
         self.spans = [range(0)] * call.spec.scales
         self.keys, self.values = ([None] * call.spec.scales for _ in range(2))
+        if call.opened is not None:
+            self.opened = [torch.zeros_like(x, dtype=call.dtype) for x in call.opened.operands]
 
     def start_chunk(self, chunk: Chunk) -> None:
         """Move every scale's span to that of `chunk`, and begin the sums over scales for its queries."""
@@ -39,8 +41,12 @@ class Gradients:
         self._move([band.span(chunk.start, chunk.rows) for band in self.call.bands])
 
     def finish(self) -> None:
-        """After the last chunk: `levels` and `key_gain` are then whole."""
+        """After the last chunk: `levels` and `key_gain` are then whole; the last of `levels` is what was opened."""
         self._move([range(span.stop, span.stop) for span in self.spans])
+        if self.call.opened is not None:
+            opened, key_gain = self.call.opened.finished(self.call, self.opened)
+            self.levels.append(opened)
+            self.key_gain += key_gain
 
     def _move(self, spans: list[range]) -> None:
         if self.keys[0] is not None:
@@ -70,7 +76,7 @@ class Gradients:
         """out = P V of one scale: adds the gradient of V and returns that of P [g, rows, n/g, width of the band]."""
         grad_tiles = chunk.to_tiles(grad, scale, self.call.fast)
         grad_values = product(chunk.to_tiles(p, scale, self.call.fast).mT, grad_tiles)
-        add_tiles(self.values[scale], grad_values, self.call.bands[scale], chunk.rows)
+        self._add(1, scale, grad_values, chunk)
         del grad_values  # as large as the next product
         return chunk.from_tiles(product(grad_tiles, chunk.tiles(scale)[1].mT))
 
@@ -78,11 +84,18 @@ class Gradients:
         """S = Q K' of one scale: adds the gradients of K and, through their rotation, of the chunk's queries."""
         tiles = chunk.to_tiles(grad_logits, scale, self.call.fast)
         grad_keys = product(tiles.mT, chunk.to_tiles(rotated, scale, self.call.fast))
-        add_tiles(self.keys[scale], grad_keys, self.call.bands[scale], chunk.rows)
+        self._add(0, scale, grad_keys, chunk)
         grad = chunk.from_tiles(product(tiles, chunk.tiles(scale)[0].to(self.call.fast)))
         cos, sin = chunk.turns[scale]
         self._straight.addcmul_(grad, cos)
         self._turned.addcmul_(grad, sin)
+
+    def _add(self, kind: int, scale: int, grad: torch.Tensor, chunk: Chunk) -> None:
+        """Adds the gradient of the tiles of a scale's keys (kind 0) or values (1) where they came from."""
+        if scale == self.call.spec.scales:
+            self.call.opened.add(self.opened[kind], grad, chunk)
+        else:
+            add_tiles((self.keys, self.values)[kind][scale], grad, self.call.bands[scale], chunk.rows)
 
     def add_queries(
         self, chunk: Chunk, utility: Sequence[torch.Tensor] = (), weight: Sequence[torch.Tensor] = ()

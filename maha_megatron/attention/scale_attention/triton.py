@@ -3,7 +3,7 @@
     triton_joint.py    one softmax over all scales: entropy and LSE utilities without coupling, and a single scale
     triton_scales.py   each scale's output and log-sum-exp, which every other aggregation fuses (aggregation/triton.py)
 
-Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels, and queries at full rate.
+Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels, queries at full rate, and no refined layer.
 """
 
 import dataclasses
@@ -63,6 +63,8 @@ def what_no_kernel_serves(width: int, dtype: torch.dtype, spec: MahaSpec) -> str
     unserved = unserved_heads(width, dtype)
     if unserved:
         return unserved
+    if spec.refine is not None:
+        return "opened blocks (a refined layer)"
     return "pooled queries" if spec.scales > 1 and spec.queries == "pooled" else None
 
 

@@ -53,8 +53,10 @@ def attend_jointly(
 
 
 def is_one_softmax(spec: MahaSpec) -> bool:
-    """Whether the operator is one softmax over the keys of all scales."""
-    return spec.scales == 1 or (spec.queries == "full" and spec.joint_softmax and spec.lse_utility)
+    """Whether the operator is one softmax over the keys of all scales, and of nothing that it opens."""
+    if spec.scales == 1:
+        return True
+    return spec.queries == "full" and spec.joint_softmax and spec.lse_utility and spec.refine is None
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

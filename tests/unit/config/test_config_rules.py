@@ -4,12 +4,13 @@ import inspect
 
 import pytest
 
-from maha_megatron.config import data_rules, rules
+from maha_megatron.config import data_rules, refine_rules, rules
 from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.rules import RULES, TOPOLOGY_RULES, check_config, check_topology
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
 
+REFINED = {"model": {"attention": ["maha", "refined"]}}
 # rule -> configurations it must refuse, each with words its message must hold
 REFUSED = {
     "groups_divide_heads": [({"model": {"heads": 12, "kv_groups": 5}}, ["kv_groups = 5", "[1, 2, 3, 4, 6, 12]"])],
@@ -138,6 +139,22 @@ REFUSED = {
         ({"maha": {"aggregation": "program", "program": "a/b.py:build"}}, ["'a/b.py:build'"]),
         ({"maha": {"aggregation": "program", "program": "a:b:c"}}, ["'a:b:c'"]),
     ],
+    "refine_keys_have_effect": [
+        ({"refine": {"from_scale": 3, "blocks": 9}}, ["refine.from_scale, refine.blocks", "no effect", "refined]"]),
+    ],
+    "refinement_lies_between_scales": [
+        (REFINED | {"maha": {"windows": [4096]}}, ["has one scale", "use two"]),
+        (REFINED | {"refine": {"from_scale": 4}}, ["from_scale = 4", "scales 0 to 3", "refine.from_scale: 3"]),
+        (REFINED | {"refine": {"to_scale": 2}}, ["to_scale = 2", "at most 1"]),
+        (
+            REFINED | {"data": {"sequence_tokens": 2048}, "maha": {"windows": [2033, 3, 128]}},
+            ["nothing can ever be opened", "the last 2033 rows", "reaches 2048", "narrow maha.windows[0]"],
+        ),
+    ],
+    "refinement_goes_with_the_rest": [
+        (REFINED | {"maha": {"queries": "pooled"}}, ["maha.queries: pooled", "use full"]),
+        (REFINED | {"maha": {"aggregation": "program", "program": "a:b"}}, ["aggregation: program", "use another"]),
+    ],
 }
 
 ACCEPTED = [
@@ -156,6 +173,9 @@ ACCEPTED = [
     {"maha": {"aggregation": "mean", "queries": "pooled", "downsampling": "max", "key_map": True}},
     {"maha": {"aggregation": "program", "program": "a.b:build", "coupling": "gram", "lse_utility": False}},
     {"maha": {"windows": [3, 256], "ratio": 4, "downsampling": "conv"}, "data": {"sequence_tokens": 1024}},
+    REFINED,
+    {"model": {"attention": ["refined"]}, "refine": {"from_scale": 3, "to_scale": 2, "blocks": 999}},
+    REFINED | {"data": {"sequence_tokens": 2048}, "maha": {"windows": [2032, 3, 128]}},
     {"data": {"sequence_tokens": 5}},
     {"data": {"sequence_tokens": 1_048_576}},
     {"model": {"attention": ["dense"]}, "maha": {"backend": "naive"}},
@@ -192,7 +212,7 @@ def test_good_configurations_pass(tree):
 def test_every_rule_is_applied_and_tried():
     written = [
         function
-        for module in (rules, data_rules)
+        for module in (rules, data_rules, refine_rules)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith(("_", "check_"))
     ]
