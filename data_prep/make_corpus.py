@@ -16,6 +16,7 @@ from typing import Any
 from maha_megatron.data import writing
 from maha_megatron.data.prepare.corpus import available_versions, machine_texts
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
+from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
     finished_record,
     input_identity,
@@ -57,8 +58,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the corpus and its record, or say that both are there."""
     options = parse_arguments()
+    refuse_output_in_input(options.output, [*options.input, *filter(None, [options.dataset])])
     arguments = {
-        "input": input_identity(options.input) if options.input else None,
+        "input": input_identity(options.input, options.suffixes) if options.input else None,
         "suffixes": options.suffixes,
         "key": options.json_keys,
         "dataset": [options.dataset, options.dataset_config, options.dataset_split] if options.dataset else None,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.spool import remove_leftover
 from maha_megatron.data.prepare.stage import (
     document_progress,
@@ -101,6 +102,7 @@ def main() -> None:
     options = parse_arguments()
     for key in options.json_keys:
         prefix = Path(f"{options.output_prefix}_{key}_document")
+        refuse_output_in_input(prefix, options.input or [options.dataset])
         arguments = _arguments(options, key)
         outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if not options.force and finished_record(manifest_path(prefix), outputs, arguments):
@@ -151,10 +153,11 @@ def report(prefix: Path, manifest: Manifest) -> None:
 def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[str, Any]) -> Manifest:
     _check_tokenizer_type(options)
 
-    from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
+    from maha_megatron.data.prepare.blocks import read_blocks
     from maha_megatron.data.prepare.encode import write_pair
     from maha_megatron.data.prepare.encoding import EncodingSettings
     from maha_megatron.data.prepare.hub import HubSet, hub_blocks
+    from maha_megatron.data.prepare.inputs import list_inputs
     from maha_megatron.data.prepare.partitions import write_in_partitions
 
     settings = EncodingSettings(

@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
     finished_record,
     input_identity,
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train the tokenizer, or say that it is there."""
     options = parse_arguments()
+    refuse_output_in_input(options.output, options.input)
     identity = input_identity(options.input)
     arguments = {
         "input": identity,

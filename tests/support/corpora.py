@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from maha_megatron.data.indexed import DType, IndexedDatasetBuilder
-from maha_megatron.data.prepare.blocks import LONGEST_BYTES, list_inputs, read_blocks
+from maha_megatron.data.prepare.blocks import LONGEST_BYTES, read_blocks
 from maha_megatron.data.prepare.encode import write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.prepare.tokenizer_training import stretches, train_sentencepiece
 from maha_megatron.data.tokenizer import load_tokenizer
 

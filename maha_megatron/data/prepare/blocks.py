@@ -10,12 +10,12 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
+from maha_megatron.data.prepare.inputs import COMPRESSED, JSON_LINES, InputFile
 from maha_megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -23,8 +23,6 @@ LONGEST_BYTES = 16_000_000
 """Default limit of a JSON line or of a parquet cell; tokenising takes about 150 times a document's bytes."""
 PIECE_CHARACTERS = 1 << 20
 """A plain text longer than this becomes several documents, cut at line ends, so that memory stays bounded."""
-JSON_LINES = (".jsonl", ".ndjson")
-COMPRESSED = (".gz", ".zst")
 TOO_LONG = "longer than the limit"
 
 
@@ -41,23 +39,6 @@ class Position:
 
 
 BEGINNING = Position()
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read, or the lines of it that begin in [start, stop)."""
-
-    path: Path
-    argument: str
-    """The input path that it was found under."""
-    from_folder: bool = False
-    start: int = 0
-    stop: int | None = None
-
-    @property
-    def kind(self) -> str:
-        """The ending that decides how it is read."""
-        return Path(self.path.stem).suffix if self.path.suffix in COMPRESSED else self.path.suffix
 
 
 @dataclass(frozen=True)
@@ -81,65 +62,6 @@ class Block:
     """Why the rest of the file cannot be read."""
     read_bytes: int = 0
     """Bytes of all inputs, as they lie on the disk, that were read so far."""
-
-
-def input_files(path: Path, suffixes: Sequence[str] | None = None) -> list[Path]:
-    """The files behind an input path, sorted; hidden files and folders are left out.
-
-    Args:
-        path: A file, which is always taken, or a folder.
-        suffixes: In a folder, only files with one of these endings; None: all.
-
-    Raises:
-        DataError: The path does not exist or the folder has no such file.
-    """
-    if not path.exists():
-        raise DataError(f"input {path} does not exist")
-    if path.is_file():
-        return [path]
-    files = []
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden and (suffixes is None or file.name.endswith(tuple(suffixes))):
-            files.append(file)
-    if not files:
-        raise DataError(f"folder {path} holds no file{f' ending in {suffixes}' if suffixes else ''} to read")
-    return files
-
-
-def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
-    """The files behind input paths, in the order in which they are read.
-
-    Raises:
-        DataError: As input_files.
-    """
-    return [
-        InputFile(file, name, from_folder=Path(name).is_dir())
-        for name in paths
-        for file in input_files(Path(name), suffixes)
-    ]
-
-
-def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
-    """Cut the inputs into consecutive parts of about equal size; only plain JSON lines are cut inside a file.
-
-    Parts in which no file begins are left out, so there may be fewer than asked for.
-    """
-    sizes = [file.path.stat().st_size for file in files]
-    borders = [sum(sizes) * part // parts for part in range(1, parts)]
-    divided: list[list[InputFile]] = [[] for _ in range(parts)]
-    before = 0
-    for file, size in zip(files, sizes, strict=True):
-        inner = [border for border in borders if before < border < before + size]
-        part = sum(border <= before for border in borders)
-        if file.path.suffix not in JSON_LINES or not inner:
-            divided[part].append(file)
-        else:
-            cuts = [0, *(border - before for border in inner), None]
-            for number, (start, stop) in enumerate(pairwise(cuts)):
-                divided[part + number].append(replace(file, start=start, stop=stop))
-        before += size
-    return [part for part in divided if part]
 
 
 def read_blocks(

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maha_megatron.data.prepare.blocks import LONGEST_BYTES, TOO_LONG, Block, list_inputs, read_blocks
+from maha_megatron.data.prepare.blocks import LONGEST_BYTES, TOO_LONG, Block, read_blocks
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
 BYTE_ORDER_MARK = "\ufeff"

@@ -14,9 +14,10 @@ from typing import Any
 from maha_megatron.data import writing
 from maha_megatron.data.checksums import checksums_path
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
-from maha_megatron.data.prepare.blocks import InputFile, divide, read_blocks
+from maha_megatron.data.prepare.blocks import read_blocks
 from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
+from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs
 from maha_megatron.data.prepare.spool import Spool, bad_lines_path, remove_leftover
 from maha_megatron.data.prepare.stage import finished_record

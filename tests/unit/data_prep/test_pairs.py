@@ -14,9 +14,10 @@ from maha_megatron.data.indexed import DType
 from maha_megatron.data.manifest import manifest_path, read_manifest
 from maha_megatron.data.pair import open_pair
 from maha_megatron.data.prepare import encode, encoding
-from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
+from maha_megatron.data.prepare.blocks import read_blocks
 from maha_megatron.data.prepare.digest import TextDigest, digest_of, parse_digest
 from maha_megatron.data.prepare.index_file import token_code
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.prepare.partitions import write_in_partitions
 from maha_megatron.data.prepare.spool import bad_lines_path
 from maha_megatron.data.tokenizer import load_tokenizer

@@ -176,6 +176,12 @@ def test_errors_are_one_line_and_code_2(run, tmp_path: Path) -> None:
             ),
             "is no SentencePiece model",
         ),
+        (("make_corpus.py", "--input", tmp_path, "--output", tmp_path / "c.jsonl"), "lies in the input"),
+        (("train_tokenizer.py", "--input", tmp_path, "--output", tmp_path / "t.model"), "lies in the input"),
+        (
+            ("preprocess.py", "--input", tmp_path, "--output-prefix", tmp_path / "p", "--tokenizer-model", "t.model"),
+            "lies in the input",
+        ),
     ]:
         code, _, err = run(*arguments)
         assert code == 2
