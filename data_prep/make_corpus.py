@@ -126,11 +126,16 @@ def _documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str | No
     if options.dataset:
         yield from _hub_documents(options)
     elif options.input:
-        from maha_megatron.data.prepare.documents import read_documents
+        from maha_megatron.data.prepare.documents import LeftOut, read_documents
 
-        for name in options.input:
-            for document in read_documents([name], key=options.json_keys, suffixes=options.suffixes):
-                yield name, document.source, document.text
+        left_out, how = LeftOut(), {"key": options.json_keys, "suffixes": options.suffixes}
+        try:
+            for name in options.input:
+                for document in read_documents([name], **how, left_out=left_out):
+                    yield name, document.source, document.text
+        finally:  # also when --bytes ends the reading
+            if left_out.kinds:
+                print(f"corpus: {left_out}")
     else:
         for file, text in machine_texts(options.bytes):
             yield file.origin, file.name, text

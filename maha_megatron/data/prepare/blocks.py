@@ -7,15 +7,15 @@ blocks as reading on.
 
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
-from maha_megatron.data.prepare.inputs import COMPRESSED, JSON_LINES, InputFile
+from maha_megatron.data.prepare.inputs import JSON_LINES, UNSUPPORTED, InputFile
 from maha_megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -23,7 +23,17 @@ LONGEST_BYTES = 16_000_000
 """Default limit of a JSON line or of a parquet cell; tokenising takes about 150 times a document's bytes."""
 PIECE_CHARACTERS = 1 << 20
 """A plain text longer than this becomes several documents, cut at line ends, so that memory stays bounded."""
+BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
+UNREADABLE, NOT_READ = "unreadable file", "unsupported kind"
+
+
+class Unfit(Exception):
+    """A file gives no documents: `kind` in words that many files can share, and what to do about it."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,8 @@ class Block:
     """Of whole texts: where each comes from."""
     bad: tuple[tuple[int, str], ...] = ()
     """(line number, reason) of lines that were left out while reading."""
-    problem: str | None = None
-    """Why the rest of the file cannot be read."""
+    problem: tuple[str, str] | None = None
+    """(kind, detail) of what is wrong with the rest of the file, of which nothing is read."""
     read_bytes: int = 0
     """Bytes of all inputs, as they lie on the disk, that were read so far."""
 
@@ -70,8 +80,9 @@ def read_blocks(
     """The blocks of the inputs, in order.
 
     Args:
-        files: .jsonl (.gz, .zst), .parquet; any other file is one plain text document, or several where it is long.
-            Files found in a folder that are not UTF-8 text are left out.
+        files: .jsonl, or .json that holds lines of it (.gz, .zst), and .parquet; of UNSUPPORTED a block tells. Any
+            other file is one plain text document, or several where it is long; files found in a folder that are not
+            UTF-8 text are left out.
         key: The parquet column that holds the text.
         start: Where to begin.
         longest_bytes: A longer line is left out and reported in its block.
@@ -110,11 +121,13 @@ def _all_blocks(files: Sequence[InputFile], key: str, start: Position, longest_b
             for block in reader(file, key, place, longest_bytes):
                 place = block.end
                 yield replace(block, read_bytes=before + block.read_bytes)
-        except READ_ERRORS as error:
-            reason = (
-                f"{file.path} cannot be read after {place.number} lines or rows ({error}): repair it or leave it out"
-            )
-            yield _block(file, place, Position(index + 1), problem=reason, read_bytes=before + _size(file))
+        except (Unfit, *READ_ERRORS) as error:
+            if isinstance(error, Unfit):
+                problem = error.kind, f"{file.path} {error}"
+            else:
+                where = f"{file.path} cannot be read after {place.number} lines or rows"
+                problem = UNREADABLE, f"{where} ({error}): repair it or leave it out"
+            yield _block(file, place, Position(index + 1), problem=problem, read_bytes=before + _size(file))
         before += _size(file)
 
 
@@ -134,9 +147,9 @@ def _block(file: InputFile, place: Position, end: Position, **content: Any) -> B
 
 
 def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
-    with file.path.open("rb") as raw, _decompressed(file.path, raw) as stream:
+    with file.path.open("rb") as raw, _decompressed(file, raw) as stream:
         place = start
-        if file.path.suffix in COMPRESSED:
+        if file.compression:
             place = replace(start, offset=0, number=0)
         elif start.offset or file.start:
             place = _seek(stream, file, start)
@@ -146,10 +159,21 @@ def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) 
             if not content:
                 return
             read, lines, bad = _to_line_end(stream, content, place.number, longest_bytes)
+            if file.kind == ".json" and place.offset == 0 and not _begins_with_an_object(lines):
+                raise Unfit(NOT_READ, "holds no JSON lines: write it as .jsonl, an object with the text in each line")
             end = Position(place.file, place.offset + read, place.number + lines.count(b"\n") + len(bad))
             if place.offset >= start.offset:  # compressed files are read again from their beginning
                 yield _block(file, place, end, lines=lines, bad=bad, read_bytes=raw.tell() - file.start)
             place = end
+
+
+def _begins_with_an_object(lines: bytes) -> bool:
+    """Whether the first line is a JSON object; also where nothing is there to tell."""
+    first = lines.strip().split(b"\n", 1)[0]
+    try:
+        return not first or isinstance(json.loads(first.decode("utf-8").removeprefix(BYTE_ORDER_MARK)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _to_line_end(
@@ -184,10 +208,10 @@ def _seek(stream: BinaryIO, file: InputFile, start: Position) -> Position:
     return Position(start.file, stream.tell(), lines + 1)
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
+def _decompressed(file: InputFile, raw: BinaryIO) -> BinaryIO:
+    if file.compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
+    if file.compression == ".zst":
         frames = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
         return io.BufferedReader(frames)
     return raw
@@ -219,7 +243,7 @@ def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> 
 
 
 def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
-    with file.path.open("rb") as raw, _decompressed(file.path, raw) as binary:
+    with file.path.open("rb") as raw, _decompressed(file, raw) as binary:
         if file.from_folder and not _is_text(binary.peek(4096)[:4096]):
             return
         with io.TextIOWrapper(binary, encoding="utf-8", newline="") as stream:
@@ -252,5 +276,15 @@ def _pieces(stream: io.TextIOWrapper) -> Iterator[str]:
         yield held
 
 
-READERS = {**dict.fromkeys(JSON_LINES, _json_lines), ".parquet": _parquet}
+def _not_read(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+    raise Unfit(
+        NOT_READ, f"ends in {file.kind}, which is not read: turn it into .jsonl(.gz/.zst), .parquet or text files"
+    )
+
+
+READERS = {
+    **dict.fromkeys((*JSON_LINES, ".json"), _json_lines),
+    ".parquet": _parquet,
+    **dict.fromkeys(UNSUPPORTED, _not_read),
+}
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError)

@@ -1,15 +1,18 @@
 """Documents from blocks, one at a time and unchanged; what is none is told by line and reason."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from maha_megatron.data.prepare.blocks import LONGEST_BYTES, TOO_LONG, Block, read_blocks
+from maha_megatron.data.prepare.blocks import BYTE_ORDER_MARK, LONGEST_BYTES, NOT_READ, TOO_LONG, Block, read_blocks
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
-BYTE_ORDER_MARK = "\ufeff"
+NO_TEXT_KINDS = (NOT_READ,)
+"""Kinds of bad files that are no documents at all, rather than broken ones."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,29 @@ class BadLine:
         return f"{self.file}, line {self.line} {self.detail}"
 
 
+class LeftOut:
+    """Files of folders that hold no text which is read: how many of each kind, and the first."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.first = ""
+
+    def add(self, bad: BadLine) -> None:
+        """Count a file."""
+        self.kinds[bad.kind] += 1
+        self.first = self.first or str(bad)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        return f"{self.kinds.total()} files of the input were left out ({kinds}), the first: {self.first}"
+
+
 def read_documents(
-    paths: Sequence[str], *, key: str = "text", suffixes: Sequence[str] | None = None
+    paths: Sequence[str],
+    *,
+    key: str = "text",
+    suffixes: Sequence[str] | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
     """Every document of the inputs, in order.
 
@@ -46,12 +70,18 @@ def read_documents(
         paths: Files or folders, as for list_inputs and read_blocks.
         key: The field of JSON lines, or the parquet column, that holds the text.
         suffixes: In folders, only files with one of these endings.
+        left_out: Hears of files of folders that hold no text which is read; None: the first ends the reading.
 
     Raises:
-        DataError: A file is missing, damaged, not UTF-8, or lacks the key.
+        DataError: A file is missing, damaged, no text, or lacks the key.
     """
+
+    def on_bad(bad: BadLine) -> None:
+        found_in_folder = bad.kind in NO_TEXT_KINDS and not any(Path(bad.file) == Path(name) for name in paths)
+        left_out.add(bad) if left_out is not None and found_in_folder else refuse(bad)
+
     for block in read_blocks(list_inputs(paths, suffixes), key):
-        yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=refuse)
+        yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=on_bad)
 
 
 def refuse(bad: BadLine) -> None:
@@ -68,7 +98,7 @@ def documents_of(
 ) -> Iterator[Document]:
     """The documents of a block; `on_bad` hears of the rest, in order."""
     if block.problem is not None:
-        on_bad(BadLine(block.file, 0, "unreadable file", block.problem))
+        on_bad(BadLine(block.file, 0, *block.problem))
     elif block.lines is not None:
         yield from _of_lines(block, key, on_bad)
     elif block.names:

@@ -31,7 +31,15 @@ from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.errors import DataError
 
 WAITING_BLOCKS_PER_WORKER = 3
-NO_TEXT = "the input holds no text: nothing to preprocess"
+
+
+def no_text(bad_lines: dict[str, int]) -> DataError:
+    """The error for an input without documents, or with empty ones only."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(bad_lines.items()))
+    return DataError(
+        "the input holds no text: nothing to preprocess"
+        + (f" (left out: {kinds}; --strict stops at the first and names it)" if kinds else "")
+    )
 
 
 def write_pair(
@@ -77,7 +85,7 @@ def write_pair(
             advance(spool)
         if spool.tokens == 0 and not allow_empty:
             spool.discard()
-            raise DataError(NO_TEXT)
+            raise no_text(spool.bad_lines)
         return spool.finish(revisions)
     finally:
         spool.close()

@@ -9,6 +9,8 @@ from maha_megatron.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
+UNSUPPORTED = (".csv", ".tsv", ".arrow", ".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".lz4")
+"""Endings of tables and archives that hold text which is not read."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,15 @@ class InputFile:
     stop: int | None = None
 
     @property
+    def compression(self) -> str:
+        """ ".gz", ".zst" or nothing."""
+        ending = self.path.suffix.lower()
+        return ending if ending in COMPRESSED else ""
+
+    @property
     def kind(self) -> str:
-        """The ending that decides how it is read."""
-        return Path(self.path.stem).suffix if self.path.suffix in COMPRESSED else self.path.suffix
+        """The ending that decides how it is read, in small letters, that of its compression left out."""
+        return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
 
 
 def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
@@ -75,7 +83,7 @@ def refuse_output_in_input(output: Path, paths: Sequence[str]) -> None:
 
 
 def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
-    """Cut the inputs into consecutive parts of about equal size; only plain JSON lines are cut inside a file.
+    """Cut the inputs into consecutive parts of about equal size; only uncompressed .jsonl is cut inside a file.
 
     Parts in which no file begins are left out, so there may be fewer than asked for.
     """
@@ -86,7 +94,7 @@ def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
     for file, size in zip(files, sizes, strict=True):
         inner = [border for border in borders if before < border < before + size]
         part = sum(border <= before for border in borders)
-        if file.path.suffix not in JSON_LINES or not inner:
+        if file.kind not in JSON_LINES or file.compression or not inner:
             divided[part].append(file)
         else:
             cuts = [0, *(border - before for border in inner), None]

@@ -15,7 +15,7 @@ from maha_megatron.data import writing
 from maha_megatron.data.checksums import checksums_path
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from maha_megatron.data.prepare.blocks import read_blocks
-from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
+from maha_megatron.data.prepare.encode import no_text, write_pair
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs
@@ -73,7 +73,7 @@ def write_in_partitions(
         remove_pair(name)
     if manifest.tokens == 0:
         remove_pair(prefix)
-        raise DataError(NO_TEXT)
+        raise no_text(manifest.bad_lines)
     return manifest
 
 

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from maha_megatron.data.prepare.blocks import PIECE_CHARACTERS
-from maha_megatron.data.prepare.documents import Document, read_documents
+from maha_megatron.data.prepare.documents import Document, LeftOut, read_documents
 from maha_megatron.errors import DataError
 
 TEXTS = ["first\nwith lines\r\n", "", "ünï\tcödé 😀", "\0 </s>"]
@@ -22,15 +22,18 @@ def texts_of(path: Path, **options) -> list[str]:
     return [document.text for document in read_documents([str(path)], **options)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+CONTAINERS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.json", "a.json.gz", "A.JSONL", "A.Parquet"]
+
+
+@pytest.mark.parametrize("name", [*CONTAINERS, "A.JSONL.GZ", "a.ndjson.ZST", "a.NDJSON"])
 def test_every_container_gives_the_same_texts(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         path.write_bytes(gzip.compress(lines()))
-    elif name.endswith(".zst"):  # two frames, as parallel writers leave them
+    elif name.lower().endswith(".zst"):  # two frames, as parallel writers leave them
         compress = zstandard.ZstdCompressor().compress
         path.write_bytes(compress(lines()[:30]) + compress(lines()[30:]))
-    elif name.endswith(".parquet"):
+    elif name.lower().endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "id": [1, 2, 3, 4]}), path)
     else:
         path.write_bytes(lines())
@@ -61,6 +64,20 @@ def test_a_folder_is_read_sorted_with_its_text_files_only(tmp_path: Path) -> Non
         texts_of(tmp_path, suffixes=[".rs"])
 
 
+def test_tables_and_archives_in_a_folder_are_counted_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.csv").write_text("text\nno document\n")
+    (tmp_path / "c.json").write_text('{\n  "name": "a package"\n}\n')
+    left_out = LeftOut()
+    assert texts_of(tmp_path, left_out=left_out) == ["a text"]
+    assert left_out.kinds == {"unsupported kind": 2}
+    assert "b.csv ends in .csv" in str(left_out)
+    with pytest.raises(DataError, match=r"b\.csv ends in"):
+        texts_of(tmp_path)
+    with pytest.raises(DataError, match=r"b\.csv ends in"):
+        texts_of(tmp_path / "b.csv", left_out=left_out)  # named by the user
+
+
 def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
     text = "a line of text\n" * (PIECE_CHARACTERS // 10)
     (tmp_path / "long.txt").write_text(text)
@@ -81,6 +98,10 @@ def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
         ("a.jsonl.zst", b"no zstandard", r"cannot be read.*repair it"),
         ("a.txt", b"\xff\xfe latin", r"cannot be read.*utf-8.*leave it out"),
         ("a.parquet", b"no parquet", r"is no parquet file"),
+        ("a.json", b'[\n{"text": "ok"}\n]\n', r"a\.json holds no JSON lines: write it as \.jsonl"),
+        ("a.json", b'[{"text": "ok"}]', r"holds no JSON lines"),
+        ("a.csv", b"text\nok\n", r"a\.csv ends in \.csv, which is not read: turn it into"),
+        ("A.TSV.gz", gzip.compress(b"text\nok\n"), r"ends in \.tsv, which is not read"),
     ],
 )
 def test_damaged_inputs_name_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:

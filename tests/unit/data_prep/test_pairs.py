@@ -205,6 +205,22 @@ def test_an_unreadable_file_among_many_is_counted_or_refused(tmp_path: Path, tok
         write_inputs([tmp_path], tmp_path.parent / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
 
 
+def test_tables_and_json_trees_are_counted_bad_files(tmp_path: Path, tokenizers: dict) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    (inputs / "b.csv").write_text("text\nno document\n")
+    (inputs / "c.json").write_text('[\n{"text": "no line"}\n]\n')
+    settings = settings_for(*tokenizers["SentencePiece"])
+    with pytest.raises(DataError, match=r"no text: .*left out: 2 unsupported kind; --strict stops at the first"):
+        write_inputs([inputs], tmp_path / "p", settings)
+    (inputs / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    manifest = write_inputs([inputs], tmp_path / "p", settings)
+    assert (manifest.documents, manifest.bad_lines) == (2, {"unsupported kind": 2})
+    assert "c.json holds no JSON lines" in bad_lines_path(tmp_path / "p").read_text()
+    with pytest.raises(DataError, match=r"b\.csv ends in"):
+        write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
+
+
 def test_a_failed_run_leaves_no_pair_and_no_manifest(tmp_path: Path, tokenizers: dict) -> None:
     settings = settings_for(*tokenizers["SentencePiece"], strict=True)
     empty, good, broken = (tmp_path / name for name in ("empty.jsonl", "good.jsonl", "broken.jsonl"))
