@@ -25,7 +25,8 @@ PIECE_CHARACTERS = 1 << 20
 """A plain text longer than this becomes several documents, cut at line ends, so that memory stays bounded."""
 BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
-UNREADABLE, NOT_READ = "unreadable file", "unsupported kind"
+UNREADABLE, NOT_READ, NO_UTF8 = "unreadable file", "unsupported kind", "no UTF-8 text"
+NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
 class Unfit(Exception):
@@ -80,9 +81,9 @@ def read_blocks(
     """The blocks of the inputs, in order.
 
     Args:
-        files: .jsonl, or .json that holds lines of it (.gz, .zst), and .parquet; of UNSUPPORTED a block tells. Any
-            other file is one plain text document, or several where it is long; files found in a folder that are not
-            UTF-8 text are left out.
+        files: .jsonl, or .json that holds lines of it (.gz, .zst), and .parquet; of UNSUPPORTED, and of
+            files that do not begin like UTF-8 text, a block tells. Any other file is one plain text document, or
+            several where it is long.
         key: The parquet column that holds the text.
         start: Where to begin.
         longest_bytes: A longer line is left out and reported in its block.
@@ -244,14 +245,17 @@ def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> 
 
 def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
     with file.path.open("rb") as raw, _decompressed(file, raw) as binary:
-        if file.from_folder and not _is_text(binary.peek(4096)[:4096]):
-            return
+        if not _is_text(binary.peek(4096)[:4096]):
+            raise Unfit(NO_UTF8, NO_UTF8_ADVICE)
         with io.TextIOWrapper(binary, encoding="utf-8", newline="") as stream:
-            for number, piece in enumerate(_pieces(stream)):
-                if number >= start.number:
-                    place, end = Position(start.file, 0, number), Position(start.file, 0, number + 1)
-                    name = f"{file.path}:{number}" if number else str(file.path)
-                    yield _block(file, place, end, texts=(piece,), names=(name,), read_bytes=raw.tell())
+            try:
+                for number, piece in enumerate(_pieces(stream)):
+                    if number >= start.number:
+                        place, end = Position(start.file, 0, number), Position(start.file, 0, number + 1)
+                        name = f"{file.path}:{number}" if number else str(file.path)
+                        yield _block(file, place, end, texts=(piece,), names=(name,), read_bytes=raw.tell())
+            except UnicodeDecodeError as error:
+                raise Unfit(NO_UTF8, f"{NO_UTF8_ADVICE} ({error})") from error
 
 
 def _is_text(head: bytes) -> bool:

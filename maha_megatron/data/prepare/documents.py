@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maha_megatron.data.prepare.blocks import BYTE_ORDER_MARK, LONGEST_BYTES, NOT_READ, TOO_LONG, Block, read_blocks
+from maha_megatron.data.prepare.blocks import (
+    BYTE_ORDER_MARK,
+    LONGEST_BYTES,
+    NO_UTF8,
+    NOT_READ,
+    TOO_LONG,
+    Block,
+    read_blocks,
+)
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
-NO_TEXT_KINDS = (NOT_READ,)
+NO_TEXT_KINDS = (NOT_READ, NO_UTF8)
 """Kinds of bad files that are no documents at all, rather than broken ones."""
 
 

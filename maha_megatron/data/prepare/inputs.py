@@ -20,7 +20,6 @@ class InputFile:
     path: Path
     argument: str
     """The input path that it was found under."""
-    from_folder: bool = False
     start: int = 0
     stop: int | None = None
 
@@ -47,11 +46,7 @@ def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> 
     Raises:
         DataError: A path does not exist or a folder has no such file.
     """
-    return [
-        InputFile(file, name, from_folder=Path(name).is_dir())
-        for name in paths
-        for file in _files(Path(name), suffixes)
-    ]
+    return [InputFile(file, name) for name in paths for file in _files(Path(name), suffixes)]
 
 
 def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:

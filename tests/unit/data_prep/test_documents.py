@@ -56,7 +56,11 @@ def test_a_folder_is_read_sorted_with_its_text_files_only(tmp_path: Path) -> Non
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\xff")
     (tmp_path / "nul.dat").write_bytes(b"text\0text")
     (tmp_path / "c.jsonl").write_bytes(lines())
-    assert texts_of(tmp_path) == ["bee\n", *TEXTS, "int a;\r\n"]
+    left_out = LeftOut()
+    assert texts_of(tmp_path, left_out=left_out) == ["bee\n", *TEXTS, "int a;\r\n"]
+    assert left_out.kinds == {"no UTF-8 text": 2}
+    with pytest.raises(DataError, match=r"image\.png is no UTF-8 text"):
+        texts_of(tmp_path)
     assert list(read_documents([str(tmp_path)], suffixes=[".c"])) == [
         Document("int a;\r\n", str(tmp_path / "sub" / "a.c"))
     ]
@@ -96,7 +100,8 @@ def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5}\n', r"field 'text' is no text but int"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n')[:-9], r"cannot be read.*repair it"),
         ("a.jsonl.zst", b"no zstandard", r"cannot be read.*repair it"),
-        ("a.txt", b"\xff\xfe latin", r"cannot be read.*utf-8.*leave it out"),
+        ("a.txt", b"\xff\xfe latin", r"a\.txt is no UTF-8 text: .*leave it out"),
+        ("a.txt", b"text " * 2000 + b"\xff", r"a\.txt is no UTF-8 text: .*byte 0xff in position"),
         ("a.parquet", b"no parquet", r"is no parquet file"),
         ("a.json", b'[\n{"text": "ok"}\n]\n', r"a\.json holds no JSON lines: write it as \.jsonl"),
         ("a.json", b'[{"text": "ok"}]', r"holds no JSON lines"),

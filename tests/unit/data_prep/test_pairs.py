@@ -205,6 +205,20 @@ def test_an_unreadable_file_among_many_is_counted_or_refused(tmp_path: Path, tok
         write_inputs([tmp_path], tmp_path.parent / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
 
 
+def test_a_folders_files_that_are_no_utf8_are_counted_or_refused(tmp_path: Path, tokenizers: dict) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    (inputs / "a.txt").write_text("a text")
+    (inputs / "b.txt").write_bytes("na\u00efve".encode("latin-1"))
+    (inputs / "c.txt").write_bytes("text".encode("utf-16"))
+    manifest = write_inputs([inputs], tmp_path / "p", settings_for(*tokenizers["SentencePiece"]))
+    assert (manifest.documents, manifest.bad_lines) == (1, {"no UTF-8 text": 2})
+    listed = [json.loads(line)["file"] for line in bad_lines_path(tmp_path / "p").read_text().splitlines()]
+    assert listed == [str(inputs / "b.txt"), str(inputs / "c.txt")]
+    with pytest.raises(DataError, match=r"b\.txt is no UTF-8 text"):
+        write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
+
+
 def test_tables_and_json_trees_are_counted_bad_files(tmp_path: Path, tokenizers: dict) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
