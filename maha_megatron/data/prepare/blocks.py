@@ -5,16 +5,14 @@ blocks end depends on the input alone. A position says where the next block begi
 blocks as reading on.
 """
 
-import gzip
 import io
 import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-import zstandard
-
+from maha_megatron.data.prepare.decompression import FAULTS, Decompressed
 from maha_megatron.data.prepare.inputs import JSON_LINES, UNSUPPORTED, InputFile
 from maha_megatron.errors import DataError
 
@@ -148,7 +146,7 @@ def _block(file: InputFile, place: Position, end: Position, **content: Any) -> B
 
 
 def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
-    with file.path.open("rb") as raw, _decompressed(file, raw) as stream:
+    with _opened(file) as (raw, stream, fault):
         place = start
         if file.compression:
             place = replace(start, offset=0, number=0)
@@ -158,14 +156,18 @@ def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) 
             room = BLOCK_BYTES if file.stop is None else min(BLOCK_BYTES, file.stop - place.offset)
             content = stream.read(room)
             if not content:
-                return
+                break
             read, lines, bad = _to_line_end(stream, content, place.number, longest_bytes)
+            if fault():
+                lines = lines[: lines.rfind(b"\n") + 1]  # the line that broke off
             if file.kind == ".json" and place.offset == 0 and not _begins_with_an_object(lines):
                 raise Unfit(NOT_READ, "holds no JSON lines: write it as .jsonl, an object with the text in each line")
             end = Position(place.file, place.offset + read, place.number + lines.count(b"\n") + len(bad))
             if place.offset >= start.offset:  # compressed files are read again from their beginning
                 yield _block(file, place, end, lines=lines, bad=bad, read_bytes=raw.tell() - file.start)
             place = end
+        if error := fault():
+            raise error
 
 
 def _begins_with_an_object(lines: bytes) -> bool:
@@ -209,13 +211,16 @@ def _seek(stream: BinaryIO, file: InputFile, start: Position) -> Position:
     return Position(start.file, stream.tell(), lines + 1)
 
 
-def _decompressed(file: InputFile, raw: BinaryIO) -> BinaryIO:
-    if file.compression == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if file.compression == ".zst":
-        frames = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-        return io.BufferedReader(frames)
-    return raw
+@contextmanager
+def _opened(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO, Callable[[], Exception | None]]]:
+    """The file as it lies on the disk, its content, and what tells where that ended whether it broke off there."""
+    with file.path.open("rb") as raw:
+        if file.compression:
+            content = Decompressed(raw, file.compression)
+            with io.BufferedReader(content) as stream:
+                yield raw, stream, lambda: content.fault
+        else:
+            yield raw, raw, lambda: None
 
 
 # ------------------------------------------------------------------------------------------------- parquet and text
@@ -244,12 +249,12 @@ def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> 
 
 
 def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
-    with file.path.open("rb") as raw, _decompressed(file, raw) as binary:
+    with _opened(file) as (raw, binary, fault):
         if not _is_text(binary.peek(4096)[:4096]):
             raise Unfit(NO_UTF8, NO_UTF8_ADVICE)
         with io.TextIOWrapper(binary, encoding="utf-8", newline="") as stream:
             try:
-                for number, piece in enumerate(_pieces(stream)):
+                for number, piece in enumerate(_pieces(stream, fault)):
                     if number >= start.number:
                         place, end = Position(start.file, 0, number), Position(start.file, 0, number + 1)
                         name = f"{file.path}:{number}" if number else str(file.path)
@@ -267,8 +272,8 @@ def _is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
-def _pieces(stream: io.TextIOWrapper) -> Iterator[str]:
-    """A text in pieces of at most PIECE_CHARACTERS that end at line ends where there are any."""
+def _pieces(stream: io.TextIOWrapper, fault: Callable[[], Exception | None]) -> Iterator[str]:
+    """A text in pieces of at most PIECE_CHARACTERS that end at line ends where there are any; none that broke off."""
     held = ""
     while fresh := stream.read(PIECE_CHARACTERS - len(held)):
         held += fresh
@@ -276,6 +281,8 @@ def _pieces(stream: io.TextIOWrapper) -> Iterator[str]:
             cut = held.rfind("\n") + 1 or len(held)
             yield held[:cut]
             held = held[cut:]
+    if error := fault():
+        raise error
     if held:
         yield held
 
@@ -291,4 +298,4 @@ READERS = {
     ".parquet": _parquet,
     **dict.fromkeys(UNSUPPORTED, _not_read),
 }
-READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError)
+READ_ERRORS = (*FAULTS, UnicodeDecodeError)

@@ -2,13 +2,15 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from maha_megatron.data.prepare.blocks import PIECE_CHARACTERS
-from maha_megatron.data.prepare.documents import Document, LeftOut, read_documents
+from maha_megatron.data.prepare.blocks import LONGEST_BYTES, PIECE_CHARACTERS, read_blocks
+from maha_megatron.data.prepare.documents import Document, LeftOut, documents_of, read_documents
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
 TEXTS = ["first\nwith lines\r\n", "", "ünï\tcödé 😀", "\0 </s>"]
@@ -66,6 +68,32 @@ def test_a_folder_is_read_sorted_with_its_text_files_only(tmp_path: Path) -> Non
     ]
     with pytest.raises(DataError, match=r"holds no file ending in"):
         texts_of(tmp_path, suffixes=[".rs"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+def test_a_file_that_breaks_off_gives_its_whole_lines_and_is_told(tmp_path: Path, name: str) -> None:
+    """However much of it is there; a text that broke off is no document."""
+    random, path = np.random.default_rng(0), tmp_path / name
+    texts = [random.bytes(60).hex() for _ in range(400)]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    compress = gzip.compress if name.endswith("gz") else zstandard.ZstdCompressor().compress
+    whole = compress(content[:30_000]) + compress(content[30_000:])
+    first_part = len(compress(content[:30_000]))
+    counts = []
+    for size in (*range(1, len(whole), len(whole) // 20), first_part + 1, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        found, bad = [], []
+        for block in read_blocks(list_inputs([str(path)]), "text"):
+            found += [d.text for d in documents_of(block, "text", longest_bytes=LONGEST_BYTES, on_bad=bad.append)]
+        assert [line.kind for line in bad] == ["unreadable file"], size
+        assert "cannot be read after" in bad[0].detail
+        assert found == texts[: len(found)]
+        counts.append(len(found))
+    if ".jsonl" in name:
+        assert counts[-1] >= (399 if name.endswith("gz") else 222)  # a block of .zst is there whole or not at all
+        assert counts[-2] >= 30_000 // 135
+    else:
+        assert set(counts) == {0}
 
 
 def test_tables_and_archives_in_a_folder_are_counted_by_name(tmp_path: Path) -> None:
