@@ -65,8 +65,8 @@ class Block:
     """Values of a column, or whole texts; only those of files that are no text can be something else than str."""
     names: tuple[str, ...] = ()
     """Of whole texts: where each comes from."""
-    bad: tuple[tuple[int, str], ...] = ()
-    """(line number, reason) of lines that were left out while reading."""
+    too_long: tuple[int, ...] = ()
+    """Numbers of lines beyond the limit that were passed over while reading."""
     problem: tuple[str, str] | None = None
     """(kind, detail) of what is wrong with the rest of the file, of which nothing is read."""
     read_bytes: int = 0
@@ -84,7 +84,8 @@ def read_blocks(
             several where it is long.
         key: The parquet column that holds the text.
         start: Where to begin.
-        longest_bytes: A longer line is left out and reported in its block.
+        longest_bytes: A longer line that its block does not hold whole is passed over and told of in it; who reads the
+            block measures the others.
     """
     held: list[Block] = []  # short texts, joined so that a folder of small files is no crowd of blocks
     characters = 0
@@ -157,14 +158,14 @@ def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) 
             content = stream.read(room)
             if not content:
                 break
-            read, lines, bad = _to_line_end(stream, content, place.number, longest_bytes)
+            read, lines, too_long = _to_line_end(stream, content, place.number, longest_bytes)
             if fault():
                 lines = lines[: lines.rfind(b"\n") + 1]  # the line that broke off
             if file.kind == ".json" and place.offset == 0 and not _begins_with_an_object(lines):
                 raise Unfit(NOT_READ, "holds no JSON lines: write it as .jsonl, an object with the text in each line")
-            end = Position(place.file, place.offset + read, place.number + lines.count(b"\n") + len(bad))
+            end = Position(place.file, place.offset + read, place.number + lines.count(b"\n") + len(too_long))
             if place.offset >= start.offset:  # compressed files are read again from their beginning
-                yield _block(file, place, end, lines=lines, bad=bad, read_bytes=raw.tell() - file.start)
+                yield _block(file, place, end, lines=lines, too_long=too_long, read_bytes=raw.tell() - file.start)
             place = end
         if error := fault():
             raise error
@@ -181,8 +182,8 @@ def _begins_with_an_object(lines: bytes) -> bool:
 
 def _to_line_end(
     stream: BinaryIO, content: bytes, number: int, longest_bytes: int
-) -> tuple[int, bytes, tuple[tuple[int, str], ...]]:
-    """Bytes read, whole lines of at most longest_bytes, and the number of a longer one that was passed over."""
+) -> tuple[int, bytes, tuple[int, ...]]:
+    """Bytes read, whole lines, and the number of one beyond longest_bytes and the block that was passed over."""
     begin = content.rfind(b"\n") + 1
     if begin == len(content):
         return len(content), content, ()
@@ -194,7 +195,7 @@ def _to_line_end(
     while rest and not rest.endswith(b"\n"):
         rest = stream.readline(BLOCK_BYTES)
         read += len(rest)
-    return read, content[:begin], ((number + content.count(b"\n") + 1, TOO_LONG),)
+    return read, content[:begin], (number + content.count(b"\n") + 1,)
 
 
 def _seek(stream: BinaryIO, file: InputFile, start: Position) -> Position:

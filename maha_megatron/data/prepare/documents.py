@@ -108,7 +108,7 @@ def documents_of(
     if block.problem is not None:
         on_bad(BadLine(block.file, 0, *block.problem))
     elif block.lines is not None:
-        yield from _of_lines(block, key, on_bad)
+        yield from _of_lines(block, key, longest_bytes, on_bad)
     elif block.names:
         yield from map(Document, block.texts, block.names)
     else:
@@ -122,18 +122,25 @@ def documents_of(
                 yield Document(text, f"{block.file}:{number}")
 
 
-def _of_lines(block: Block, key: str, on_bad: Callable[[BadLine], object]) -> Iterator[Document]:
-    skipped = {line for line, _ in block.bad}
+def _of_lines(block: Block, key: str, longest_bytes: int, on_bad: Callable[[BadLine], object]) -> Iterator[Document]:
+    skipped = set(block.too_long)
     for number, line in enumerate(block.lines.split(b"\n"), start=block.number + 1):
-        if number in skipped or not line.strip():
+        if number in skipped:
             continue
-        found = _text_or_fault(line, key)
-        if isinstance(found, str):
-            yield Document(found, f"{block.file}:{number}")
-        else:
-            on_bad(BadLine(block.file, number, *found))
-    for number, kind in block.bad:
-        on_bad(BadLine(block.file, number, kind, f"is {kind}; raise --longest-document"))
+        if len(line) > longest_bytes:
+            on_bad(_too_long_line(block, number))
+        elif line.strip():
+            found = _text_or_fault(line, key)
+            if isinstance(found, str):
+                yield Document(found, f"{block.file}:{number}")
+            else:
+                on_bad(BadLine(block.file, number, *found))
+    for number in sorted(skipped):
+        on_bad(_too_long_line(block, number))
+
+
+def _too_long_line(block: Block, number: int) -> BadLine:
+    return BadLine(block.file, number, TOO_LONG, f"is {TOO_LONG}; raise --longest-document")
 
 
 def _text_or_fault(line: bytes, key: str) -> str | tuple[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from maha_megatron.data.prepare.blocks import LONGEST_BYTES, PIECE_CHARACTERS, read_blocks
-from maha_megatron.data.prepare.documents import Document, LeftOut, documents_of, read_documents
+from maha_megatron.data.prepare.documents import BadLine, Document, LeftOut, documents_of, read_documents
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
@@ -94,6 +94,26 @@ def test_a_file_that_breaks_off_gives_its_whole_lines_and_is_told(tmp_path: Path
         assert counts[-2] >= 30_000 // 135
     else:
         assert set(counts) == {0}
+
+
+def test_the_limit_of_a_line_does_not_depend_on_where_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sizes = tmp_path / "a.jsonl", [20, 99, 100, 101, 250, 100, 3, 101, 99, 500, 100, 101]
+    written = [json.dumps({"text": "x" * (size - len('{"text": ""}'))}) if size > 20 else " " * size for size in sizes]
+    written[2] = written[2][:-3] + '"}\r'
+    written.insert(4, " " * 101)
+    path.write_text("\n".join(written), newline="")
+    seen = []
+    for block_bytes in (1, 97, 100, 101, 350, 1 << 20):
+        monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", block_bytes)
+        found: list = []
+        for block in read_blocks(list_inputs([str(path)]), "text", longest_bytes=100):
+            found += documents_of(block, "text", longest_bytes=100, on_bad=found.append)
+        seen.append(sorted(found, key=repr))
+    assert seen.count(seen[0]) == len(seen)
+    assert [line.line for line in seen[0] if isinstance(line, BadLine)] == [11, 13, 4, 5, 6, 9]
+    assert len(seen[0]) == 6 + 5
 
 
 def test_tables_and_archives_in_a_folder_are_counted_by_name(tmp_path: Path) -> None:
