@@ -58,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
         "--longest-document",
         type=parse_bytes,
         default=parse_bytes("16MB"),
-        help="longer lines are left out and counted; tokenising one takes about 150 times its bytes (default: 16MB)",
+        help="longer lines are left out, longer texts become several documents; both are counted and listed"
+        " (default: 16MB)",
     )
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-model", help=".model file, tokenizer.json or Hugging Face folder")
@@ -142,8 +143,8 @@ def report(prefix: Path, manifest: Manifest) -> None:
     if manifest.bad_lines:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.bad_lines.items()))
         print(
-            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files gave no document ({kinds}); they"
-            f" are listed in {prefix}.bad_lines.jsonl"
+            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files were left out or cut ({kinds});"
+            f" they are listed in {prefix}.bad_lines.jsonl"
         )
     print(
         f"preprocess: in a configuration: data.train: [{{prefix: {prefix}}}], model.vocabulary: {manifest.vocabulary}"

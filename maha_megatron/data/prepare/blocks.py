@@ -18,17 +18,15 @@ from maha_megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 LONGEST_BYTES = 16_000_000
-"""Default limit of a JSON line or of a parquet cell; tokenising takes about 150 times a document's bytes."""
-PIECE_CHARACTERS = 1 << 20
-"""A plain text longer than this becomes several documents, cut at line ends, so that memory stays bounded."""
+"""Default limit of a JSON line, a parquet cell or a text; tokenising takes about 150 times a document's bytes."""
 BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
-UNREADABLE, NOT_READ, NO_UTF8 = "unreadable file", "unsupported kind", "no UTF-8 text"
+UNREADABLE, NOT_READ, NO_UTF8, CUT = "unreadable file", "unsupported kind", "no UTF-8 text", "text cut into several"
 NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
 class Unfit(Exception):
-    """A file gives no documents: `kind` in words that many files can share, and what to do about it."""
+    """A file ends here, and not well: `kind` in words that many files can share, and what to do about it."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(detail)
@@ -80,8 +78,8 @@ def read_blocks(
 
     Args:
         files: .jsonl, or .json that holds lines of it (.gz, .zst), and .parquet; of UNSUPPORTED, and of
-            files that do not begin like UTF-8 text, a block tells. Any other file is one plain text document, or
-            several where it is long.
+            files that do not begin like UTF-8 text, a block tells. Any other file is one plain text document; of one
+            beyond longest_bytes, which becomes several, cut at line ends, a block tells as well.
         key: The parquet column that holds the text.
         start: Where to begin.
         longest_bytes: A longer line that its block does not hold whole is passed over and told of in it; who reads the
@@ -250,18 +248,23 @@ def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> 
 
 
 def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
-    with _opened(file) as (raw, binary, fault):
-        if not _is_text(binary.peek(4096)[:4096]):
+    number = -1
+    with _opened(file) as (raw, stream, fault):
+        if not _is_text(stream.peek(4096)[:4096]):
             raise Unfit(NO_UTF8, NO_UTF8_ADVICE)
-        with io.TextIOWrapper(binary, encoding="utf-8", newline="") as stream:
-            try:
-                for number, piece in enumerate(_pieces(stream, fault)):
-                    if number >= start.number:
-                        place, end = Position(start.file, 0, number), Position(start.file, 0, number + 1)
-                        name = f"{file.path}:{number}" if number else str(file.path)
-                        yield _block(file, place, end, texts=(piece,), names=(name,), read_bytes=raw.tell())
-            except UnicodeDecodeError as error:
-                raise Unfit(NO_UTF8, f"{NO_UTF8_ADVICE} ({error})") from error
+        for number, piece in enumerate(_pieces(stream, fault, longest_bytes)):
+            if number >= start.number:
+                place, end = Position(start.file, 0, number), Position(start.file, 0, number + 1)
+                try:
+                    text = piece.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise Unfit(NO_UTF8, f"{NO_UTF8_ADVICE} ({error})") from error
+                name = f"{file.path}:{number}" if number else str(file.path)
+                yield _block(file, place, end, texts=(text,), names=(name,), read_bytes=raw.tell())
+    if number > 0:
+        raise Unfit(
+            CUT, f"is longer than {longest_bytes} bytes and became {number + 1} documents: raise --longest-document"
+        )
 
 
 def _is_text(head: bytes) -> bool:
@@ -273,15 +276,16 @@ def _is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
-def _pieces(stream: io.TextIOWrapper, fault: Callable[[], Exception | None]) -> Iterator[str]:
-    """A text in pieces of at most PIECE_CHARACTERS that end at line ends where there are any; none that broke off."""
-    held = ""
-    while fresh := stream.read(PIECE_CHARACTERS - len(held)):
-        held += fresh
-        if len(held) == PIECE_CHARACTERS:
-            cut = held.rfind("\n") + 1 or len(held)
-            yield held[:cut]
-            held = held[cut:]
+def _pieces(stream: BinaryIO, fault: Callable[[], Exception | None], longest_bytes: int) -> Iterator[bytes]:
+    """A text in pieces of at most longest_bytes that end at line ends where there are any; none that broke off."""
+    held = stream.read(longest_bytes + 1)
+    while len(held) > longest_bytes:
+        cut = held.rfind(b"\n", 0, longest_bytes) + 1
+        if cut == 0:  # where a character begins
+            cut = max(place for place in range(longest_bytes - 3, longest_bytes + 1) if held[place] & 0xC0 != 0x80)
+        yield held[:cut]
+        held = held[cut:]
+        held += stream.read(longest_bytes + 1 - len(held))
     if error := fault():
         raise error
     if held:

@@ -9,6 +9,7 @@ from typing import Any
 
 from maha_megatron.data.prepare.blocks import (
     BYTE_ORDER_MARK,
+    CUT,
     LONGEST_BYTES,
     NO_UTF8,
     NOT_READ,
@@ -49,7 +50,7 @@ class BadLine:
 
 
 class LeftOut:
-    """Files of folders that hold no text which is read: how many of each kind, and the first."""
+    """Files of folders that hold no text which is read, and long ones: how many of each kind, and the first."""
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
@@ -62,7 +63,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
-        return f"{self.kinds.total()} files of the input were left out ({kinds}), the first: {self.first}"
+        return f"{self.kinds.total()} files of the input were left out or cut ({kinds}), the first: {self.first}"
 
 
 def read_documents(
@@ -78,7 +79,8 @@ def read_documents(
         paths: Files or folders, as for list_inputs and read_blocks.
         key: The field of JSON lines, or the parquet column, that holds the text.
         suffixes: In folders, only files with one of these endings.
-        left_out: Hears of files of folders that hold no text which is read; None: the first ends the reading.
+        left_out: Hears of files of folders that hold no text which is read, and of texts that are cut; None: the first
+            ends the reading.
 
     Raises:
         DataError: A file is missing, damaged, no text, or lacks the key.
@@ -86,7 +88,7 @@ def read_documents(
 
     def on_bad(bad: BadLine) -> None:
         found_in_folder = bad.kind in NO_TEXT_KINDS and not any(Path(bad.file) == Path(name) for name in paths)
-        left_out.add(bad) if left_out is not None and found_in_folder else refuse(bad)
+        left_out.add(bad) if left_out is not None and (found_in_folder or bad.kind == CUT) else refuse(bad)
 
     for block in read_blocks(list_inputs(paths, suffixes), key):
         yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=on_bad)

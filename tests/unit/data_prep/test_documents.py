@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from maha_megatron.data.prepare.blocks import LONGEST_BYTES, PIECE_CHARACTERS, read_blocks
+from maha_megatron.data.prepare.blocks import LONGEST_BYTES, read_blocks
 from maha_megatron.data.prepare.documents import BadLine, Document, LeftOut, documents_of, read_documents
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
@@ -82,9 +82,7 @@ def test_a_file_that_breaks_off_gives_its_whole_lines_and_is_told(tmp_path: Path
     counts = []
     for size in (*range(1, len(whole), len(whole) // 20), first_part + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
-        found, bad = [], []
-        for block in read_blocks(list_inputs([str(path)]), "text"):
-            found += [d.text for d in documents_of(block, "text", longest_bytes=LONGEST_BYTES, on_bad=bad.append)]
+        found, bad = documents_in(path, LONGEST_BYTES)
         assert [line.kind for line in bad] == ["unreadable file"], size
         assert "cannot be read after" in bad[0].detail
         assert found == texts[: len(found)]
@@ -130,14 +128,27 @@ def test_tables_and_archives_in_a_folder_are_counted_by_name(tmp_path: Path) -> 
         texts_of(tmp_path / "b.csv", left_out=left_out)  # named by the user
 
 
-def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
-    text = "a line of text\n" * (PIECE_CHARACTERS // 10)
+@pytest.mark.parametrize("line", ["a line of text\n", "\u6f22\u5b57\n", "\u6f22", "x"])
+def test_a_text_beyond_the_limit_is_cut_and_told(tmp_path: Path, line: str) -> None:
+    text, limit = line * 1000, 500
     (tmp_path / "long.txt").write_text(text)
-    pieces = texts_of(tmp_path / "long.txt")
-    assert len(pieces) == 2
+    pieces, bad = documents_in(tmp_path / "long.txt", limit)
     assert "".join(pieces) == text
-    assert all(piece.endswith("\n") for piece in pieces)
-    assert max(map(len, pieces)) <= PIECE_CHARACTERS
+    assert all(limit - 20 < len(piece.encode()) <= limit for piece in pieces[:-1])
+    assert all(piece.endswith("\n") for piece in pieces if "\n" in line)
+    assert [line.kind for line in bad] == ["text cut into several"]
+    assert f"long.txt is longer than 500 bytes and became {len(pieces)} documents" in bad[0].detail
+    assert documents_in(tmp_path / "long.txt", len(text.encode())) == ([text], [])
+    left_out = LeftOut()
+    assert texts_of(tmp_path / "long.txt", left_out=left_out) == [text]
+    assert not left_out.kinds
+
+
+def documents_in(path: Path, longest_bytes: int) -> tuple[list[str], list[BadLine]]:
+    texts, bad = [], []
+    for block in read_blocks(list_inputs([str(path)]), "text", longest_bytes=longest_bytes):
+        texts += [d.text for d in documents_of(block, "text", longest_bytes=longest_bytes, on_bad=bad.append)]
+    return texts, bad
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,18 @@ def test_a_folders_files_that_are_no_utf8_are_counted_or_refused(tmp_path: Path,
         write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
 
 
+def test_a_long_text_is_whole_or_told_of(tmp_path: Path, tokenizers: dict) -> None:
+    (tmp_path / "a.txt").write_text("one line of it\n" * 10_000)
+    tokenizer = tokenizers["SentencePiece"]
+    manifest = write_inputs([tmp_path / "a.txt"], tmp_path / "p", settings_for(*tokenizer))
+    assert (manifest.documents, manifest.bad_lines) == (1, {})
+    limited = {"longest_bytes": 100_000}
+    manifest = write_inputs([tmp_path / "a.txt"], tmp_path / "p", settings_for(*tokenizer, **limited))
+    assert (manifest.documents, manifest.bad_lines) == (2, {"text cut into several": 1})
+    with pytest.raises(DataError, match=r"a\.txt is longer than 100000 bytes and became 2 documents"):
+        write_inputs([tmp_path / "a.txt"], tmp_path / "q", settings_for(*tokenizer, strict=True, **limited))
+
+
 def test_tables_and_json_trees_are_counted_bad_files(tmp_path: Path, tokenizers: dict) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
