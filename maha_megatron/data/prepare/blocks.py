@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 from maha_megatron.data.prepare.decompression import FAULTS, Decompressed
 from maha_megatron.data.prepare.inputs import JSON_LINES, UNSUPPORTED, InputFile
-from maha_megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 LONGEST_BYTES = 16_000_000
@@ -22,6 +21,7 @@ LONGEST_BYTES = 16_000_000
 BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
 UNREADABLE, NOT_READ, NO_UTF8, CUT = "unreadable file", "unsupported kind", "no UTF-8 text", "text cut into several"
+NO_COLUMN = "missing column"
 NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
@@ -232,9 +232,9 @@ def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> 
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
         if key not in table.schema_arrow.names:
-            raise DataError(
-                f"{file.path} has no column {key!r} (it has: {', '.join(table.schema_arrow.names)}):"
-                " name the one with the text by --json-keys"
+            there = ", ".join(table.schema_arrow.names)
+            raise Unfit(
+                NO_COLUMN, f"has no column {key!r} (it has: {there}): name the one with the text by --json-keys"
             )
         rows, place = max(table.metadata.num_rows, 1), Position(start.file)
         for batch in table.iter_batches(batch_size=64, columns=[key]):

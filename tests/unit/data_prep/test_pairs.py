@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -229,6 +231,17 @@ def test_a_long_text_is_whole_or_told_of(tmp_path: Path, tokenizers: dict) -> No
     assert (manifest.documents, manifest.bad_lines) == (2, {"text cut into several": 1})
     with pytest.raises(DataError, match=r"a\.txt is longer than 100000 bytes and became 2 documents"):
         write_inputs([tmp_path / "a.txt"], tmp_path / "q", settings_for(*tokenizer, strict=True, **limited))
+
+
+def test_a_parquet_file_without_the_column_is_a_counted_bad_file(tmp_path: Path, tokenizers: dict) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for name, column in (("a", "text"), ("b", "body"), ("c", "text")):
+        pyarrow.parquet.write_table(pyarrow.table({column: ["a text"]}), inputs / f"{name}.parquet")
+    manifest = write_inputs([inputs], tmp_path / "p", settings_for(*tokenizers["SentencePiece"]))
+    assert (manifest.documents, manifest.bad_lines) == (2, {"missing column": 1})
+    with pytest.raises(DataError, match=r"b\.parquet has no column 'text' \(it has: body\)"):
+        write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
 
 
 def test_tables_and_json_trees_are_counted_bad_files(tmp_path: Path, tokenizers: dict) -> None:
