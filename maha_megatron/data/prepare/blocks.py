@@ -10,12 +10,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, BinaryIO
 
 from maha_megatron.data.prepare.decompression import FAULTS, Decompressed
 from maha_megatron.data.prepare.inputs import JSON_LINES, UNSUPPORTED, InputFile
 
 BLOCK_BYTES = 1 << 20
+BLOCK_ROWS = 1000
+ROWS_AT_ONCE = 8
+"""Of parquet, that are decoded together; however long they are, memory stays bounded."""
 LONGEST_BYTES = 16_000_000
 """Default limit of a JSON line, a parquet cell or a text; tokenising takes about 150 times a document's bytes."""
 BYTE_ORDER_MARK = "\ufeff"
@@ -31,6 +35,11 @@ class Unfit(Exception):
     def __init__(self, kind: str, detail: str):
         super().__init__(detail)
         self.kind = kind
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """Stands for a value of a column beyond the limit that was passed over while reading."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Block:
     lines: bytes | None = None
     """JSON lines as they stand in the file."""
     texts: tuple[Any, ...] = ()
-    """Values of a column, or whole texts; only those of files that are no text can be something else than str."""
+    """Values of a column, of any type, or whole texts."""
     names: tuple[str, ...] = ()
     """Of whole texts: where each comes from."""
     too_long: tuple[int, ...] = ()
@@ -230,21 +239,59 @@ def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> 
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file.path)
-        if key not in table.schema_arrow.names:
-            there = ", ".join(table.schema_arrow.names)
-            raise Unfit(
-                NO_COLUMN, f"has no column {key!r} (it has: {there}): name the one with the text by --json-keys"
-            )
-        rows, place = max(table.metadata.num_rows, 1), Position(start.file)
-        for batch in table.iter_batches(batch_size=64, columns=[key]):
-            end = Position(start.file, 0, place.number + batch.num_rows)
-            if place.number >= start.number:
-                read_bytes = _size(file) * end.number // rows
-                yield _block(file, place, end, texts=tuple(batch.column(0).to_pylist()), read_bytes=read_bytes)
-            place = end
+        # without buffer_size, and with pre_buffer, a whole column of a row group would be held
+        with pyarrow.parquet.ParquetFile(file.path, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
+            if key not in table.schema_arrow.names:
+                raise Unfit(
+                    NO_COLUMN,
+                    f"has no column {key!r} (it has: {', '.join(table.schema_arrow.names)}): name the one with the text"
+                    " by --json-keys",
+                )
+            number, held, size = start.number, [], 0
+            for value, num_bytes in _rows(table, key, start.number, longest_bytes):
+                held.append(value)
+                size += num_bytes
+                if size >= BLOCK_BYTES or len(held) == BLOCK_ROWS:
+                    yield _row_block(file, table, start.file, number, held)
+                    number, held, size = number + len(held), [], 0
+            if held:
+                yield _row_block(file, table, start.file, number, held)
     except pyarrow.ArrowException as error:
         raise OSError(f"is no parquet file or damaged: {error}") from error
+
+
+def _row_block(file: InputFile, table: Any, index: int, number: int, values: Sequence[Any]) -> Block:
+    place, end = Position(index, 0, number), Position(index, 0, number + len(values))
+    return _block(file, place, end, texts=tuple(values), read_bytes=_size(file) * end.number // table.metadata.num_rows)
+
+
+def _rows(table: Any, key: str, first: int, longest_bytes: int) -> Iterator[tuple[Any, int]]:
+    """Values of a column from a row on, with their bytes where they are text; few are decoded at a time."""
+    before = 0
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        if before + about.num_rows > first:
+            at_once = min(max(BLOCK_BYTES * about.num_rows // max(about.total_byte_size, 1), 1), ROWS_AT_ONCE)
+            skipped = max(first - before, 0)
+            for batch in table.iter_batches(at_once, row_groups=[group], columns=[key], use_threads=False):
+                yield from islice(_values(batch.column(0), longest_bytes), min(skipped, batch.num_rows), None)
+                skipped = max(skipped - batch.num_rows, 0)
+        before += about.num_rows
+
+
+def _values(column: Any, longest_bytes: int) -> Iterator[tuple[Any, int]]:
+    import pyarrow.compute
+
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        yield from ((value, 0) for value in column.to_pylist())
+        return
+    sizes = pyarrow.compute.binary_length(column).to_pylist()
+    if max(filter(None, sizes), default=0) <= longest_bytes:
+        yield from zip(column.to_pylist(), (size or 0 for size in sizes), strict=True)
+        return
+    for value, size in zip(column, sizes, strict=True):
+        long = size is not None and size > longest_bytes
+        yield (TooLong(), 0) if long else (value.as_py(), size or 0)
 
 
 def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:

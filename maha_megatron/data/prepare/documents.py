@@ -15,6 +15,7 @@ from maha_megatron.data.prepare.blocks import (
     NOT_READ,
     TOO_LONG,
     Block,
+    TooLong,
     read_blocks,
 )
 from maha_megatron.data.prepare.inputs import list_inputs
@@ -115,13 +116,12 @@ def documents_of(
         yield from map(Document, block.texts, block.names)
     else:
         for number, text in enumerate(block.texts, start=block.number + 1):
-            bad = _why_no_text(text, key) if not isinstance(text, str) else None
-            if isinstance(text, str) and len(text) > longest_bytes:
-                bad = TOO_LONG, f"is {TOO_LONG} of {longest_bytes} characters; raise --longest-document"
-            if bad:
-                on_bad(BadLine(block.file, number, *bad))
-            else:
+            if isinstance(text, TooLong) or (isinstance(text, str) and len(text) > longest_bytes):
+                on_bad(_too_long(block, number))
+            elif isinstance(text, str):
                 yield Document(text, f"{block.file}:{number}")
+            else:
+                on_bad(BadLine(block.file, number, *_why_no_text(text, key)))
 
 
 def _of_lines(block: Block, key: str, longest_bytes: int, on_bad: Callable[[BadLine], object]) -> Iterator[Document]:
@@ -130,7 +130,7 @@ def _of_lines(block: Block, key: str, longest_bytes: int, on_bad: Callable[[BadL
         if number in skipped:
             continue
         if len(line) > longest_bytes:
-            on_bad(_too_long_line(block, number))
+            on_bad(_too_long(block, number))
         elif line.strip():
             found = _text_or_fault(line, key)
             if isinstance(found, str):
@@ -138,10 +138,10 @@ def _of_lines(block: Block, key: str, longest_bytes: int, on_bad: Callable[[BadL
             else:
                 on_bad(BadLine(block.file, number, *found))
     for number in sorted(skipped):
-        on_bad(_too_long_line(block, number))
+        on_bad(_too_long(block, number))
 
 
-def _too_long_line(block: Block, number: int) -> BadLine:
+def _too_long(block: Block, number: int) -> BadLine:
     return BadLine(block.file, number, TOO_LONG, f"is {TOO_LONG}; raise --longest-document")
 
 

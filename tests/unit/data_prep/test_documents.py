@@ -180,6 +180,49 @@ def test_a_parquet_file_without_the_column_lists_its_own(tmp_path: Path) -> None
         texts_of(tmp_path / "a.parquet")
 
 
+def test_parquet_is_read_in_bounded_blocks_from_any_of_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", 1000)
+    texts = [
+        *("x" * size for size in range(100)),
+        None,
+        "y" * 2000,
+        "\u6f22" * 600,
+        *("z" * size for size in range(400)),
+    ]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=150)
+    files, bad = list_inputs([str(path)]), []
+    blocks = list(read_blocks(files, "text", longest_bytes=1500))
+    found = [d.text for b in blocks for d in documents_of(b, "text", longest_bytes=1500, on_bad=bad.append)]
+    assert found.count("") == 2
+    assert [text for text in found if text] == [text for text in texts if text and len(text.encode()) <= 1500]
+    assert [(line.line, line.kind) for line in bad] == [
+        (101, "wrong type"),
+        (102, "longer than the limit"),
+        (103, "longer than the limit"),
+    ]
+    assert len(blocks) > 50
+    assert max(sum(len(text) for text in block.texts if isinstance(text, str)) for block in blocks) < 1400
+    for number in range(0, len(blocks), 7):
+        assert list(read_blocks(files, "text", blocks[number].end, longest_bytes=1500)) == blocks[number + 1 :]
+
+
+def test_parquet_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    text = np.random.default_rng(0).bytes(400).hex()
+    rows = pyarrow.table({"text": [f"{number} {text}" for number in range(30_000)]})  # 24 MB
+    pyarrow.parquet.write_table(rows, path, row_group_size=30_000, compression="none", use_dictionary=False)
+    del rows
+    pool = pyarrow.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    for block in read_blocks(list_inputs([str(path)]), "text"):
+        assert block.texts
+        most = max(most, pool.bytes_allocated() - before)
+    assert most < 8_000_000
+
+
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"input .*nothing does not exist"):
         texts_of(tmp_path / "nothing")
