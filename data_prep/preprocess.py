@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--partitions", type=int, default=1, help="reading processes, for hundreds of cores")
     output.add_argument("--force", action="store_true", help="run again although it is done")
     options = parser.parse_args()
+    options.json_keys = list(dict.fromkeys(options.json_keys))
     _check(parser, options)
     return options
 
@@ -99,19 +100,23 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def main() -> None:
-    """Write one pair per key, or say that it is there."""
+    """Write one pair per key, all from one reading, or say that it is there."""
     options = parse_arguments()
-    for key in options.json_keys:
-        prefix = Path(f"{options.output_prefix}_{key}_document")
+    prefixes = {key: Path(f"{options.output_prefix}_{key}_document") for key in options.json_keys}
+    missing = {}
+    for key, prefix in prefixes.items():
         refuse_output_in_input(prefix, options.input or [options.dataset])
         arguments = _arguments(options, key)
         outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if not options.force and finished_record(manifest_path(prefix), outputs, arguments):
             remove_leftover(prefix)
-            manifest = read_manifest(prefix)
             print(f"preprocess: done already: {prefix} (--force makes it again)")
         else:
-            manifest = _write(options, key, prefix, arguments)
+            missing[key] = prefix, arguments
+    if missing:
+        _write(options, missing)
+    for prefix in prefixes.values():
+        manifest = read_manifest(prefix)
         assert manifest is not None
         report(prefix, manifest)
 
@@ -151,11 +156,12 @@ def report(prefix: Path, manifest: Manifest) -> None:
     )
 
 
-def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[str, Any]) -> Manifest:
+def _write(options: argparse.Namespace, missing: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+    """Write the pairs of some keys, each given by prefix and arguments."""
     _check_tokenizer_type(options)
 
     from maha_megatron.data.prepare.blocks import read_blocks
-    from maha_megatron.data.prepare.encode import write_pair
+    from maha_megatron.data.prepare.encode import Output, progress_of, write_pairs
     from maha_megatron.data.prepare.encoding import EncodingSettings
     from maha_megatron.data.prepare.hub import HubSet, hub_blocks
     from maha_megatron.data.prepare.inputs import list_inputs
@@ -165,22 +171,22 @@ def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[
         tokenizer=options.tokenizer_model or options.vocab_file,
         merges=options.merge_file,
         append_end=options.append_eod,
-        key=key,
         strict=options.strict,
         longest_bytes=options.longest_document,
     )
-    total_bytes = None if options.dataset else sum(size for _, size, _ in arguments["input"])
+    keys, outputs = list(missing), [Output(key, *pair) for key, pair in missing.items()]
+    total_bytes = None if options.dataset else sum(size for _, size, _ in outputs[0].arguments["input"])
     common = {
         "settings": settings,
         "workers": options.workers or _default_workers(total_bytes),
-        "arguments": arguments,
         "say": lambda text: print(f"preprocess: {text}"),
         "revisions": dict.fromkeys(options.input, (options.licence, options.revision or "")),
     }
-    with document_progress(total_bytes, f"preprocess {key}") as update:
+    with document_progress(total_bytes, f"preprocess {' '.join(keys)}") as update:
         if options.partitions > 1:
             files = list_inputs(options.input)
-            return write_in_partitions(files, prefix, partitions=options.partitions, advance=update, **common)
+            write_in_partitions(files, outputs, partitions=options.partitions, advance=update, **common)
+            return
         if options.dataset:
             source = HubSet(
                 name=options.dataset,
@@ -189,15 +195,10 @@ def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[
                 revision=options.revision,
             )
             common["revisions"] = {source.name: (options.licence or source.licence(), options.revision or "")}
-            blocks = partial(hub_blocks, source, key)
+            blocks = partial(hub_blocks, source, keys)
         else:
-            blocks = partial(read_blocks, list_inputs(options.input), key, longest_bytes=options.longest_document)
-        return write_pair(
-            blocks,
-            prefix,
-            advance=lambda spool: update(spool.documents, spool.text_bytes, spool.read_bytes),
-            **common,
-        )
+            blocks = partial(read_blocks, list_inputs(options.input), keys, longest_bytes=options.longest_document)
+        write_pairs(blocks, outputs, advance=lambda spools: update(*progress_of(spools)), **common)
 
 
 def _default_workers(total_bytes: int | None) -> int:

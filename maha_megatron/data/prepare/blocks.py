@@ -7,9 +7,9 @@ blocks as reading on.
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -30,11 +30,14 @@ NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
 class Unfit(Exception):
-    """A file ends here, and not well: `kind` in words that many files can share, and what to do about it."""
+    """A file ends here, and not well: `kind` in words that many files can share, and what to do about it.
 
-    def __init__(self, kind: str, detail: str):
+    It speaks of the given keys alone, or of all where none are given.
+    """
+
+    def __init__(self, kind: str, detail: str, keys: Sequence[str] = ()):
         super().__init__(detail)
-        self.kind = kind
+        self.kind, self.keys = kind, tuple(keys)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TooLong:
     """Stands for a value of a column beyond the limit that was passed over while reading."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Position:
     """Where reading goes on."""
 
@@ -68,20 +71,24 @@ class Block:
     end: Position
     lines: bytes | None = None
     """JSON lines as they stand in the file."""
-    texts: tuple[Any, ...] = ()
-    """Values of a column, of any type, or whole texts."""
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """The rows' values, of any type, by key."""
+    texts: tuple[str, ...] = ()
+    """Whole texts."""
     names: tuple[str, ...] = ()
-    """Of whole texts: where each comes from."""
+    """Where each of them comes from."""
     too_long: tuple[int, ...] = ()
     """Numbers of lines beyond the limit that were passed over while reading."""
     problem: tuple[str, str] | None = None
     """(kind, detail) of what is wrong with the rest of the file, of which nothing is read."""
+    problem_keys: tuple[str, ...] = ()
+    """Of which keys the problem speaks; none: of all."""
     read_bytes: int = 0
     """Bytes of all inputs, as they lie on the disk, that were read so far."""
 
 
 def read_blocks(
-    files: Sequence[InputFile], key: str, start: Position = BEGINNING, *, longest_bytes: int = LONGEST_BYTES
+    files: Sequence[InputFile], keys: Sequence[str], start: Position = BEGINNING, *, longest_bytes: int = LONGEST_BYTES
 ) -> Iterator[Block]:
     """The blocks of the inputs, in order.
 
@@ -89,14 +96,14 @@ def read_blocks(
         files: .jsonl, or .json that holds lines of it (.gz, .zst), and .parquet; of UNSUPPORTED, and of
             files that do not begin like UTF-8 text, a block tells. Any other file is one plain text document; of one
             beyond longest_bytes, which becomes several, cut at line ends, a block tells as well.
-        key: The parquet column that holds the text.
+        keys: The parquet columns that hold the texts.
         start: Where to begin.
         longest_bytes: A longer line that its block does not hold whole is passed over and told of in it; who reads the
             block measures the others.
     """
     held: list[Block] = []  # short texts, joined so that a folder of small files is no crowd of blocks
     characters = 0
-    for block in _all_blocks(files, key, start, longest_bytes):
+    for block in _all_blocks(files, keys, start, longest_bytes):
         joins = block.problem is None and files[block.end.file].kind not in READERS
         more = sum(map(len, block.texts)) if joins else 0
         if held and not (joins and held[0].argument == block.argument and characters + more <= BLOCK_BYTES):
@@ -119,22 +126,25 @@ def _joined(blocks: Sequence[Block]) -> Block:
     return replace(blocks[-1], texts=tuple(texts), names=tuple(names))
 
 
-def _all_blocks(files: Sequence[InputFile], key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+def _all_blocks(
+    files: Sequence[InputFile], keys: Sequence[str], start: Position, longest_bytes: int
+) -> Iterator[Block]:
     before = sum(file.path.stat().st_size for file in files[: start.file])
     for index in range(start.file, len(files)):
         file, place = files[index], start if index == start.file else Position(index)
         reader = READERS.get(file.kind, _plain_text)
         try:
-            for block in reader(file, key, place, longest_bytes):
+            for block in reader(file, keys, place, longest_bytes):
                 place = block.end
                 yield replace(block, read_bytes=before + block.read_bytes)
         except (Unfit, *READ_ERRORS) as error:
             if isinstance(error, Unfit):
-                problem = error.kind, f"{file.path} {error}"
+                problem, of = (error.kind, f"{file.path} {error}"), error.keys
             else:
                 where = f"{file.path} cannot be read after {place.number} lines or rows"
-                problem = UNREADABLE, f"{where} ({error}): repair it or leave it out"
-            yield _block(file, place, Position(index + 1), problem=problem, read_bytes=before + _size(file))
+                problem, of = (UNREADABLE, f"{where} ({error}): repair it or leave it out"), ()
+            content = {"problem": problem, "problem_keys": of, "read_bytes": before + _size(file)}
+            yield _block(file, place, Position(index + 1), **content)
         before += _size(file)
 
 
@@ -153,7 +163,7 @@ def _block(file: InputFile, place: Position, end: Position, **content: Any) -> B
 # ------------------------------------------------------------------------------------------------------- JSON lines
 
 
-def _json_lines(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+def _json_lines(file: InputFile, keys: Sequence[str], start: Position, longest_bytes: int) -> Iterator[Block]:
     with _opened(file) as (raw, stream, fault):
         place = start
         if file.compression:
@@ -234,47 +244,55 @@ def _opened(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO, Callable[[], 
 # ------------------------------------------------------------------------------------------------- parquet and text
 
 
-def _parquet(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+def _parquet(file: InputFile, keys: Sequence[str], start: Position, longest_bytes: int) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         # without buffer_size, and with pre_buffer, a whole column of a row group would be held
         with pyarrow.parquet.ParquetFile(file.path, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
-            if key not in table.schema_arrow.names:
-                raise Unfit(
-                    NO_COLUMN,
-                    f"has no column {key!r} (it has: {', '.join(table.schema_arrow.names)}): name the one with the text"
-                    " by --json-keys",
-                )
+            there = table.schema_arrow.names
+            found, missing = [key for key in keys if key in there], [key for key in keys if key not in there]
             number, held, size = start.number, [], 0
-            for value, num_bytes in _rows(table, key, start.number, longest_bytes):
-                held.append(value)
+            for values, num_bytes in _rows(table, found, start.number, longest_bytes) if found else ():
+                held.append(values)
                 size += num_bytes
                 if size >= BLOCK_BYTES or len(held) == BLOCK_ROWS:
-                    yield _row_block(file, table, start.file, number, held)
+                    yield _row_block(file, table, Position(start.file, 0, number), found, held)
                     number, held, size = number + len(held), [], 0
             if held:
-                yield _row_block(file, table, start.file, number, held)
+                yield _row_block(file, table, Position(start.file, 0, number), found, held)
     except pyarrow.ArrowException as error:
         raise OSError(f"is no parquet file or damaged: {error}") from error
+    if missing:
+        names = " and ".join(map(repr, missing))
+        raise Unfit(
+            NO_COLUMN,
+            f"has no column {names} (it has: {', '.join(there)}): name the one with the text by --json-keys",
+            missing,
+        )
 
 
-def _row_block(file: InputFile, table: Any, index: int, number: int, values: Sequence[Any]) -> Block:
-    place, end = Position(index, 0, number), Position(index, 0, number + len(values))
-    return _block(file, place, end, texts=tuple(values), read_bytes=_size(file) * end.number // table.metadata.num_rows)
+def _row_block(
+    file: InputFile, table: Any, place: Position, keys: Sequence[str], rows: Sequence[tuple[Any, ...]]
+) -> Block:
+    end = replace(place, number=place.number + len(rows))
+    columns = dict(zip(keys, zip(*rows, strict=True), strict=True))
+    return _block(file, place, end, columns=columns, read_bytes=_size(file) * end.number // table.metadata.num_rows)
 
 
-def _rows(table: Any, key: str, first: int, longest_bytes: int) -> Iterator[tuple[Any, int]]:
-    """Values of a column from a row on, with their bytes where they are text; few are decoded at a time."""
+def _rows(table: Any, keys: Sequence[str], first: int, longest_bytes: int) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Values of columns from a row on, with their bytes where they are text; few rows are decoded at a time."""
     before = 0
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
         if before + about.num_rows > first:
             at_once = min(max(BLOCK_BYTES * about.num_rows // max(about.total_byte_size, 1), 1), ROWS_AT_ONCE)
             skipped = max(first - before, 0)
-            for batch in table.iter_batches(at_once, row_groups=[group], columns=[key], use_threads=False):
-                yield from islice(_values(batch.column(0), longest_bytes), min(skipped, batch.num_rows), None)
+            for batch in table.iter_batches(at_once, row_groups=[group], columns=list(keys), use_threads=False):
+                rows = zip(*(_values(batch.column(key), longest_bytes) for key in keys), strict=True)
+                for row in islice(rows, min(skipped, batch.num_rows), None):
+                    yield tuple(value for value, _ in row), sum(size for _, size in row)
                 skipped = max(skipped - batch.num_rows, 0)
         before += about.num_rows
 
@@ -294,7 +312,7 @@ def _values(column: Any, longest_bytes: int) -> Iterator[tuple[Any, int]]:
         yield (TooLong(), 0) if long else (value.as_py(), size or 0)
 
 
-def _plain_text(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+def _plain_text(file: InputFile, keys: Sequence[str], start: Position, longest_bytes: int) -> Iterator[Block]:
     number = -1
     with _opened(file) as (raw, stream, fault):
         if not _is_text(stream.peek(4096)[:4096]):
@@ -339,7 +357,7 @@ def _pieces(stream: BinaryIO, fault: Callable[[], Exception | None], longest_byt
         yield held
 
 
-def _not_read(file: InputFile, key: str, start: Position, longest_bytes: int) -> Iterator[Block]:
+def _not_read(file: InputFile, keys: Sequence[str], start: Position, longest_bytes: int) -> Iterator[Block]:
     raise Unfit(
         NOT_READ, f"ends in {file.kind}, which is not read: turn it into .jsonl(.gz/.zst), .parquet or text files"
     )

@@ -91,7 +91,7 @@ def read_documents(
         found_in_folder = bad.kind in NO_TEXT_KINDS and not any(Path(bad.file) == Path(name) for name in paths)
         left_out.add(bad) if left_out is not None and (found_in_folder or bad.kind == CUT) else refuse(bad)
 
-    for block in read_blocks(list_inputs(paths, suffixes), key):
+    for block in read_blocks(list_inputs(paths, suffixes), [key]):
         yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=on_bad)
 
 
@@ -107,15 +107,16 @@ def refuse(bad: BadLine) -> None:
 def documents_of(
     block: Block, key: str, *, longest_bytes: int, on_bad: Callable[[BadLine], object]
 ) -> Iterator[Document]:
-    """The documents of a block; `on_bad` hears of the rest, in order."""
+    """The documents that a block holds under a key; `on_bad` hears of the rest, in order."""
     if block.problem is not None:
-        on_bad(BadLine(block.file, 0, *block.problem))
+        if not block.problem_keys or key in block.problem_keys:
+            on_bad(BadLine(block.file, 0, *block.problem))
     elif block.lines is not None:
         yield from _of_lines(block, key, longest_bytes, on_bad)
     elif block.names:
         yield from map(Document, block.texts, block.names)
     else:
-        for number, text in enumerate(block.texts, start=block.number + 1):
+        for number, text in enumerate(block.columns.get(key, ()), start=block.number + 1):
             if isinstance(text, TooLong) or (isinstance(text, str) and len(text) > longest_bytes):
                 on_bad(_too_long(block, number))
             elif isinstance(text, str):

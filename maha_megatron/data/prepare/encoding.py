@@ -30,14 +30,13 @@ class EncodingSettings:
     tokenizer: str
     merges: str | None
     append_end: bool
-    key: str
     strict: bool
     longest_bytes: int
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """The documents of a block as tokens."""
+    """The documents that a block holds under one key, as tokens."""
 
     ids: np.ndarray
     """[tokens], in the dtype of the .bin: the documents end to end."""
@@ -57,24 +56,28 @@ class Encoder:
     Args:
         tokenizer: Encodes. It travels to other processes, which so need not import what loaded it.
         settings: Of the run.
+        keys: Under which the texts of a pair each are found.
         batched: Use the tokenizer's fast way, which `fast_way_agrees` vouches for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, batched: bool):
-        self._tokenizer, self._settings, self._batched = tokenizer, settings, batched
+    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, keys: Sequence[str], batched: bool):
+        self._tokenizer, self._settings, self._keys, self._batched = tokenizer, settings, keys, batched
         self._item_type = np.dtype(ITEM_TYPES[token_code(tokenizer.vocabulary)])
 
-    def encode(self, block: Block) -> EncodedBlock:
-        """Encode a block's documents; one without text stays without tokens and gets no end, as in Megatron.
+    def encode(self, block: Block) -> list[EncodedBlock]:
+        """Encode a block's documents, key by key; one without text gets no tokens and no end, as in Megatron.
 
         Raises:
             DataError: A line is bad and the settings are strict.
         """
+        return [self._encode(block, key) for key in self._keys]
+
+    def _encode(self, block: Block, key: str) -> EncodedBlock:
         bad: list[BadLine] = []
         contents, parts, held, characters = [], [], [], 0
         for document in documents_of(
             block,
-            self._settings.key,
+            key,
             longest_bytes=self._settings.longest_bytes,
             on_bad=refuse if self._settings.strict else bad.append,
         ):
@@ -130,7 +133,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_block(block: Block) -> EncodedBlock:
+def encode_block(block: Block) -> list[EncodedBlock]:
     """Encode a block in a process that was initialised."""
     assert _encoder is not None
     return _encoder.encode(block)

@@ -7,6 +7,7 @@ import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from maha_megatron.data import writing
 from maha_megatron.data.checksums import checksums_path
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from maha_megatron.data.prepare.blocks import read_blocks
-from maha_megatron.data.prepare.encode import no_text, write_pair
+from maha_megatron.data.prepare.encode import Output, no_text, progress_of, write_pairs
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs
-from maha_megatron.data.prepare.spool import Spool, bad_lines_path, remove_leftover
+from maha_megatron.data.prepare.spool import bad_lines_path, remove_leftover
 from maha_megatron.data.prepare.stage import finished_record
 from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError, MahaError
@@ -29,36 +30,35 @@ QUEUE_WAIT_S = 0.2
 
 def write_in_partitions(
     files: Sequence[InputFile],
-    prefix: Path,
+    outputs: Sequence[Output],
     *,
     partitions: int,
     settings: EncodingSettings,
     workers: int,
-    arguments: dict[str, Any],
     advance: Callable[[int, int, int], object],
     say: Callable[[str], object],
     revisions: dict[str, tuple[str, str]],
-) -> Manifest:
-    """As encode.write_pair, by several processes that read.
+) -> list[Manifest]:
+    """As encode.write_pairs, by several processes that read.
 
     Args:
         files: The input.
+        outputs: The pairs.
         partitions: How many processes read; fewer where the files cannot be cut so often.
         workers: Tokenising processes, shared among the partitions.
         advance: Called with documents, text bytes and input bytes done so far.
 
     Raises:
-        DataError: As encode.write_pair; what other partitions did stays for the next run.
+        DataError: As encode.write_pairs; what other partitions did stays for the next run.
     """
     parts = divide(files, partitions)
-    names = [prefix.with_name(f"{prefix.name}.partition-{n}-of-{len(parts)}") for n in range(len(parts))]
+    shares = [[_share(output, number, len(parts)) for output in outputs] for number in range(len(parts))]
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     running = {}
-    for number, (part, name) in enumerate(zip(parts, names, strict=True)):
-        share = max(1, workers // len(parts) + (number < workers % len(parts)))
-        part_arguments = {**arguments, "partition": [number, len(parts)]}
-        job = (number, part, name, settings, share, part_arguments, revisions, messages)
+    for number, part in enumerate(parts):
+        own_workers = max(1, workers // len(parts) + (number < workers % len(parts)))
+        job = (number, part, shares[number], settings, own_workers, revisions, messages)
         running[number] = context.Process(target=_write_partition, args=job)
         running[number].start()
     try:
@@ -67,13 +67,23 @@ def write_in_partitions(
         for process in running.values():
             process.terminate()
             process.join()
-    manifest = merge_pairs(names, prefix, arguments=arguments, advance=lambda num_bytes: None)
-    _join_bad_lines(names, prefix)
+    return [_merge(output, [share[place].prefix for share in shares]) for place, output in enumerate(outputs)]
+
+
+def _share(output: Output, number: int, parts: int) -> Output:
+    """The pair that a partition writes for the one that is asked for."""
+    prefix = output.prefix.with_name(f"{output.prefix.name}.partition-{number}-of-{parts}")
+    return replace(output, prefix=prefix, arguments={**output.arguments, "partition": [number, parts]})
+
+
+def _merge(output: Output, names: Sequence[Path]) -> Manifest:
+    manifest = merge_pairs(names, output.prefix, arguments=output.arguments, advance=lambda num_bytes: None)
+    _join_bad_lines(names, output.prefix)
     for name in names:
         remove_pair(name)
     if manifest.tokens == 0:
-        remove_pair(prefix)
-        raise no_text(manifest.bad_lines)
+        remove_pair(output.prefix)
+        raise no_text(output.prefix, manifest.bad_lines)
     return manifest
 
 
@@ -108,10 +118,9 @@ def _watch(
 def _write_partition(
     number: int,
     files: Sequence[InputFile],
-    prefix: Path,
+    outputs: Sequence[Output],
     settings: EncodingSettings,
     workers: int,
-    arguments: dict[str, Any],
     revisions: dict[str, tuple[str, str]],
     messages: Any,
 ) -> None:
@@ -121,28 +130,30 @@ def _write_partition(
     def tell(kind: str, content: Any = None) -> None:
         messages.put((number, kind, content))
 
-    def advance(spool: Spool) -> None:
-        tell("progress", (spool.documents, spool.text_bytes, spool.read_bytes))
-
     try:
-        outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if not finished_record(manifest_path(prefix), outputs, arguments):
-            write_pair(
-                partial(read_blocks, files, settings.key, longest_bytes=settings.longest_bytes),
-                prefix,
+        left = [output for output in outputs if not _is_written(output)]
+        if left:
+            write_pairs(
+                partial(read_blocks, files, [output.key for output in left], longest_bytes=settings.longest_bytes),
+                left,
                 settings=settings,
                 workers=workers,
-                arguments=arguments,
-                advance=advance,
+                advance=lambda spools: tell("progress", progress_of(spools)),
                 say=lambda text: tell("say", text),
                 revisions=revisions,
                 allow_empty=True,
             )
-        manifest = read_manifest(prefix)
-        tell("progress", (manifest.documents, manifest.text_bytes, sum(map(_part_bytes, files))))
+        manifests = [read_manifest(output.prefix) for output in outputs]
+        documents, text_bytes = sum(m.documents for m in manifests), sum(m.text_bytes for m in manifests)
+        tell("progress", (documents, text_bytes, sum(map(_part_bytes, files))))
         tell("done")
     except MahaError as error:
         tell("error", str(error))
+
+
+def _is_written(output: Output) -> bool:
+    outputs = [Path(f"{output.prefix}.bin"), Path(f"{output.prefix}.idx")]
+    return finished_record(manifest_path(output.prefix), outputs, output.arguments) is not None
 
 
 def _part_bytes(file: InputFile) -> int:

@@ -106,7 +106,7 @@ def test_the_limit_of_a_line_does_not_depend_on_where_blocks_end(
     for block_bytes in (1, 97, 100, 101, 350, 1 << 20):
         monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", block_bytes)
         found: list = []
-        for block in read_blocks(list_inputs([str(path)]), "text", longest_bytes=100):
+        for block in read_blocks(list_inputs([str(path)]), ["text"], longest_bytes=100):
             found += documents_of(block, "text", longest_bytes=100, on_bad=found.append)
         seen.append(sorted(found, key=repr))
     assert seen.count(seen[0]) == len(seen)
@@ -146,7 +146,7 @@ def test_a_text_beyond_the_limit_is_cut_and_told(tmp_path: Path, line: str) -> N
 
 def documents_in(path: Path, longest_bytes: int) -> tuple[list[str], list[BadLine]]:
     texts, bad = [], []
-    for block in read_blocks(list_inputs([str(path)]), "text", longest_bytes=longest_bytes):
+    for block in read_blocks(list_inputs([str(path)]), ["text"], longest_bytes=longest_bytes):
         texts += [d.text for d in documents_of(block, "text", longest_bytes=longest_bytes, on_bad=bad.append)]
     return texts, bad
 
@@ -194,7 +194,7 @@ def test_parquet_is_read_in_bounded_blocks_from_any_of_their_ends(
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=150)
     files, bad = list_inputs([str(path)]), []
-    blocks = list(read_blocks(files, "text", longest_bytes=1500))
+    blocks = list(read_blocks(files, ["text"], longest_bytes=1500))
     found = [d.text for b in blocks for d in documents_of(b, "text", longest_bytes=1500, on_bad=bad.append)]
     assert found.count("") == 2
     assert [text for text in found if text] == [text for text in texts if text and len(text.encode()) <= 1500]
@@ -204,9 +204,9 @@ def test_parquet_is_read_in_bounded_blocks_from_any_of_their_ends(
         (103, "longer than the limit"),
     ]
     assert len(blocks) > 50
-    assert max(sum(len(text) for text in block.texts if isinstance(text, str)) for block in blocks) < 1400
+    assert max(sum(len(text) for text in block.columns["text"] if isinstance(text, str)) for block in blocks) < 1400
     for number in range(0, len(blocks), 7):
-        assert list(read_blocks(files, "text", blocks[number].end, longest_bytes=1500)) == blocks[number + 1 :]
+        assert list(read_blocks(files, ["text"], blocks[number].end, longest_bytes=1500)) == blocks[number + 1 :]
 
 
 def test_parquet_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_parquet_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None
     del rows
     pool = pyarrow.default_memory_pool()
     before, most = pool.bytes_allocated(), 0
-    for block in read_blocks(list_inputs([str(path)]), "text"):
-        assert block.texts
+    for block in read_blocks(list_inputs([str(path)]), ["text"]):
+        assert block.columns
         most = max(most, pool.bytes_allocated() - before)
     assert most < 8_000_000
 

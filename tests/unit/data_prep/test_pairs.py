@@ -18,6 +18,7 @@ from maha_megatron.data.pair import open_pair
 from maha_megatron.data.prepare import encode, encoding
 from maha_megatron.data.prepare.blocks import read_blocks
 from maha_megatron.data.prepare.digest import TextDigest, digest_of, parse_digest
+from maha_megatron.data.prepare.encode import Output
 from maha_megatron.data.prepare.index_file import token_code
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.prepare.partitions import write_in_partitions
@@ -84,13 +85,12 @@ def test_workers_and_partitions_change_no_byte(tmp_path: Path, tokenizers: dict,
     if partitions == 1:
         found = write_inputs(inputs, tmp_path / "many", settings, workers=workers)
     else:
-        found = write_in_partitions(
+        (found,) = write_in_partitions(
             list_inputs(list(map(str, inputs))),
-            tmp_path / "many",
+            [Output("text", tmp_path / "many", {"append_eod": True})],
             partitions=partitions,
             settings=settings,
             workers=workers,
-            arguments={"append_eod": True},
             advance=lambda documents, text_bytes, read_bytes: None,
             say=lambda text: None,
             revisions={},
@@ -111,13 +111,12 @@ def test_fifty_thousand_odd_documents_are_byte_for_byte_megatrons(
     texts, bad = odd_corpus(tmp_path / "odd.jsonl", 50_000)
     assert max(map(len, texts)) == 1_000_000
     megatron_pair(tmp_path / "megatron", texts, *tokenizer)
-    found = write_in_partitions(
+    (found,) = write_in_partitions(
         list_inputs([str(tmp_path / "odd.jsonl")]),
-        tmp_path / "ours",
+        [Output("text", tmp_path / "ours", {"append_eod": True})],
         partitions=partitions,
         settings=settings_for(*tokenizer),
         workers=workers,
-        arguments={"append_eod": True},
         advance=lambda documents, text_bytes, read_bytes: None,
         say=lambda text: None,
         revisions={},
@@ -288,21 +287,20 @@ def test_what_waits_does_not_grow_with_the_input(
     def blocks(start):
         nonlocal read, ahead
         read = 0
-        for block in read_blocks(files, "text", start):
+        for block in read_blocks(files, ["text"], start):
             read += 1
             ahead = max(ahead, read - written)
             yield block
 
-    def advance(spool) -> None:
+    def advance(spools) -> None:
         nonlocal written
-        written = spool.documents
+        written = spools[0].documents
 
-    encode.write_pair(
+    encode.write_pairs(
         blocks,
-        tmp_path / "p",
+        [Output("text", tmp_path / "p", {"append_eod": True})],
         settings=settings,
         workers=2,
-        arguments={"append_eod": True},
         advance=advance,
         say=lambda text: None,
         revisions={},
