@@ -18,6 +18,7 @@ from maha_megatron.data.prepare.corpus import available_versions, machine_texts
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
 from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
+    dataset_identity,
     finished_record,
     input_identity,
     parse_bytes,
@@ -59,11 +60,12 @@ def main() -> None:
     """Write the corpus and its record, or say that both are there."""
     options = parse_arguments()
     refuse_output_in_input(options.output, [*options.input, *filter(None, [options.dataset])])
+    dataset = options.dataset, options.dataset_config, options.dataset_split
     arguments = {
         "input": input_identity(options.input, options.suffixes) if options.input else None,
         "suffixes": options.suffixes,
         "key": options.json_keys,
-        "dataset": [options.dataset, options.dataset_config, options.dataset_split] if options.dataset else None,
+        "dataset": dataset_identity(*dataset) if options.dataset else None,
         "bytes": options.bytes,
         "versions": None if options.input or options.dataset else available_versions(),
     }

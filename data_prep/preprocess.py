@@ -20,6 +20,7 @@ from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.spool import remove_leftover
 from maha_megatron.data.prepare.stage import (
+    dataset_identity,
     document_progress,
     finished_record,
     input_identity,
@@ -124,7 +125,7 @@ def main() -> None:
 def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
     """What the pair depends on. What is as it always was is left out, so that pairs of older versions stay done."""
     if options.dataset:
-        source: list[Any] = [options.dataset, options.dataset_config, options.dataset_split, options.revision]
+        source = dataset_identity(options.dataset, options.dataset_config, options.dataset_split, options.revision)
     else:
         source = input_identity(options.input)
     tokenizer = [options.tokenizer_model] if options.tokenizer_model else [options.vocab_file, options.merge_file]

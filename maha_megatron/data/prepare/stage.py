@@ -56,6 +56,11 @@ def input_identity(paths: Sequence[str], suffixes: Sequence[str] | None = None) 
     return identity
 
 
+def dataset_identity(name: str, *more: str | None) -> list[Any]:
+    """What tells one data set of the `datasets` package from another: its names, and the files of a local folder."""
+    return [name, *more, *([input_identity([name])] if Path(name).exists() else [])]
+
+
 def parse_bytes(text: str) -> int:
     """A size in decimal units: "24MB" -> 24_000_000, "1.5 GB", "800k", "1000".
 

@@ -107,6 +107,9 @@ def test_a_data_set_is_streamed(run, tmp_path: Path) -> None:
     code, _, err = run(*arguments)
     assert code == 2
     assert "has the fields body: name one by --json-keys" in err
+    (tmp_path / "set" / "train.jsonl").write_text('{"body": "one"}\n{"body": "three"}\n')
+    code, out, err = run(*arguments, "--json-keys", "body")
+    assert (code, "done already" in out) == (0, False), err
     code, _, err = run("make_corpus.py", "--dataset", tmp_path / "none", "--output", tmp_path / "c.jsonl")
     assert code == 2
     assert "cannot be streamed" in err

@@ -4,6 +4,7 @@ import pytest
 
 from maha_megatron.data.prepare.inputs import list_inputs, refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
+    dataset_identity,
     finished_record,
     input_identity,
     parse_bytes,
@@ -38,6 +39,15 @@ def test_a_changed_input_has_another_identity(tmp_path: Path) -> None:
     assert input_identity([str(tmp_path)]) != before
     with pytest.raises(DataError, match=r"input .*missing does not exist"):
         input_identity([str(tmp_path / "missing")])
+
+
+def test_a_changed_local_data_set_has_another_identity(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    before = dataset_identity(str(tmp_path), None, "train")
+    assert dataset_identity(str(tmp_path), None, "train") == before
+    (tmp_path / "train.jsonl").write_text('{"text": "another"}\n')
+    assert dataset_identity(str(tmp_path), None, "train") != before
+    assert dataset_identity("of/the_hub", None, "train") == ["of/the_hub", None, "train"]
 
 
 def test_what_is_read_is_what_decides_whether_it_is_done(tmp_path: Path) -> None:
