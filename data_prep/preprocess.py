@@ -110,7 +110,6 @@ def main() -> None:
         arguments = _arguments(options, key)
         outputs = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if not options.force and finished_record(manifest_path(prefix), outputs, arguments):
-            remove_leftover(prefix)
             print(f"preprocess: done already: {prefix} (--force makes it again)")
         else:
             missing[key] = prefix, arguments
@@ -119,6 +118,7 @@ def main() -> None:
     for prefix in prefixes.values():
         manifest = read_manifest(prefix)
         assert manifest is not None
+        remove_leftover(prefix)
         report(prefix, manifest)
 
 

@@ -20,7 +20,7 @@ from maha_megatron.data.prepare.encode import Output, no_text, progress_of, writ
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs
-from maha_megatron.data.prepare.spool import bad_lines_path, remove_leftover
+from maha_megatron.data.prepare.spool import bad_lines_path
 from maha_megatron.data.prepare.stage import finished_record
 from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError, MahaError
@@ -171,7 +171,6 @@ def _join_bad_lines(parts: Sequence[Path], prefix: Path) -> None:
 
 def remove_pair(prefix: Path) -> None:
     """Remove a pair and what lies beside it, the manifest first."""
-    remove_leftover(prefix)
     for path in (manifest_path(prefix), checksums_path(prefix), bad_lines_path(prefix)):
         path.unlink(missing_ok=True)
     for ending in ("bin", "idx"):

@@ -7,6 +7,7 @@ how much of each is valid and where reading goes on. It is replaced whole, after
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -271,8 +272,14 @@ class Spool:
 
 
 def remove_leftover(prefix: Path) -> None:
-    """Remove what a run left that was killed after its last step; only where the pair is finished."""
-    shutil.rmtree(_folder(prefix), ignore_errors=True)
+    """Remove what killed runs left of a pair, those with another number of partitions too; only once it is finished."""
+    leftover = re.compile(rf"{re.escape(prefix.name)}(\.partition-\d+-of-\d+\..+|\.partial)")
+    for path in prefix.parent.iterdir():
+        if leftover.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _folder(prefix: Path) -> Path:

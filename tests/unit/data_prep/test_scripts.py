@@ -243,6 +243,22 @@ def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tm
     assert "rows.parquet, line 6 field 'text' is no text but NoneType" in err
 
 
+def test_what_a_run_with_other_partitions_left_is_removed(run, tmp_path: Path) -> None:
+    model = sentencepiece_model(tmp_path / "small.model")
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    arguments = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "a", "--tokenizer-model", model)
+    left = ["a_text_document.partition-1-of-3.bin", "a_text_document.partition-0-of-3.manifest.json"]
+    kept = ["a_text_document2.partition-1-of-3.bin", "a_text_document.partition-notes"]
+    for _ in ("a run", "done already"):
+        for name in (*left, *kept):
+            (tmp_path / name).write_text("x")
+        for folder in ("a_text_document.partition-2-of-3.partial", "a_text_document.partial"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        assert run("preprocess.py", *arguments)[0] == 0
+        found = {path.name for path in tmp_path.iterdir() if "parti" in path.name}
+        assert found == set(kept)
+
+
 def test_pairs_are_merged_split_and_inspected_by_command(run, tmp_path: Path) -> None:
     model = sentencepiece_model(tmp_path / "small.model")
     odd_corpus(tmp_path / "a.jsonl", 100, long_bytes=0)
