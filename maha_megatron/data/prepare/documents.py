@@ -25,6 +25,10 @@ NO_TEXT_KINDS = (NOT_READ, NO_UTF8)
 """Kinds of bad files that are no documents at all, rather than broken ones."""
 
 
+class BadLineError(DataError):
+    """A strict reader met a bad line."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One document and where it came from."""
@@ -99,9 +103,9 @@ def refuse(bad: BadLine) -> None:
     """What a strict reader does with a bad line.
 
     Raises:
-        DataError: Always.
+        BadLineError: Always.
     """
-    raise DataError(str(bad))
+    raise BadLineError(str(bad))
 
 
 def documents_of(

@@ -16,16 +16,21 @@ from maha_megatron.data import writing
 from maha_megatron.data.checksums import checksums_path
 from maha_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from maha_megatron.data.prepare.blocks import read_blocks
+from maha_megatron.data.prepare.documents import BadLineError
 from maha_megatron.data.prepare.encode import Output, no_text, progress_of, write_pairs
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs
-from maha_megatron.data.prepare.spool import bad_lines_path
+from maha_megatron.data.prepare.spool import Spool, bad_lines_path
 from maha_megatron.data.prepare.stage import finished_record
 from maha_megatron.data.writing import whole_file
 from maha_megatron.errors import DataError, MahaError
 
 QUEUE_WAIT_S = 0.2
+
+
+class Stopped(Exception):
+    """What this partition would still do is not wanted any more."""
 
 
 def write_in_partitions(
@@ -54,15 +59,14 @@ def write_in_partitions(
     parts = divide(files, partitions)
     shares = [[_share(output, number, len(parts)) for output in outputs] for number in range(len(parts))]
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    running = {}
+    messages, stops, running = context.Queue(), [context.Event() for _ in parts], {}
     for number, part in enumerate(parts):
         own_workers = max(1, workers // len(parts) + (number < workers % len(parts)))
-        job = (number, part, shares[number], settings, own_workers, revisions, messages)
+        job = (number, part, shares[number], settings, own_workers, revisions, messages, stops[number])
         running[number] = context.Process(target=_write_partition, args=job)
         running[number].start()
     try:
-        _watch(running, messages, advance, say)
+        _watch(running, messages, stops, advance, say)
     finally:
         for process in running.values():
             process.terminate()
@@ -88,11 +92,19 @@ def _merge(output: Output, names: Sequence[Path]) -> Manifest:
 
 
 def _watch(
-    running: dict[int, Any], messages: Any, advance: Callable[[int, int, int], object], say: Callable[[str], object]
+    running: dict[int, Any],
+    messages: Any,
+    stops: Sequence[Any],
+    advance: Callable[[int, int, int], object],
+    say: Callable[[str], object],
 ) -> None:
-    """Wait for all partitions."""
+    """Wait for all partitions; after a bad line stop those behind it, since only lines before it can come first.
+
+    Raises:
+        DataError: A partition failed; of several bad lines the first of the input is told.
+    """
     done: dict[int, tuple[int, int, int]] = {}
-    left = set(running)
+    left, bad_line = set(running), ""
     while left:
         try:
             number, kind, content = messages.get(timeout=QUEUE_WAIT_S)
@@ -106,13 +118,20 @@ def _watch(
             continue
         if kind == "error":
             raise DataError(content)
-        if kind == "say":
+        if kind == "bad line" and number in left:
+            bad_line = content
+            for later in [later for later in left if later >= number]:
+                stops[later].set()
+                left.remove(later)
+        elif kind == "say":
             say(content)
         elif kind == "progress":
             done[number] = content
             advance(*map(sum, zip(*done.values(), strict=True)))
-        else:
+        elif kind == "done":
             left.discard(number)
+    if bad_line:
+        raise DataError(bad_line)
 
 
 def _write_partition(
@@ -123,12 +142,18 @@ def _write_partition(
     workers: int,
     revisions: dict[str, tuple[str, str]],
     messages: Any,
+    stop: Any,
 ) -> None:
-    """What the process of a partition runs; it tells of everything by messages."""
+    """What the process of a partition runs; it tells of everything by messages, and ends when it is told to stop."""
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     def tell(kind: str, content: Any = None) -> None:
         messages.put((number, kind, content))
+
+    def advance(spools: Sequence[Spool]) -> None:
+        if stop.is_set():
+            raise Stopped
+        tell("progress", progress_of(spools))
 
     try:
         left = [output for output in outputs if not _is_written(output)]
@@ -138,7 +163,7 @@ def _write_partition(
                 left,
                 settings=settings,
                 workers=workers,
-                advance=lambda spools: tell("progress", progress_of(spools)),
+                advance=advance,
                 say=lambda text: tell("say", text),
                 revisions=revisions,
                 allow_empty=True,
@@ -147,6 +172,10 @@ def _write_partition(
         documents, text_bytes = sum(m.documents for m in manifests), sum(m.text_bytes for m in manifests)
         tell("progress", (documents, text_bytes, sum(map(_part_bytes, files))))
         tell("done")
+    except Stopped:
+        pass
+    except BadLineError as error:
+        tell("bad line", str(error))
     except MahaError as error:
         tell("error", str(error))
 

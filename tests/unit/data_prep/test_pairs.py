@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import queue
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import zstandard
 from maha_megatron.data.indexed import DType
 from maha_megatron.data.manifest import manifest_path, read_manifest
 from maha_megatron.data.pair import open_pair
-from maha_megatron.data.prepare import encode, encoding
+from maha_megatron.data.prepare import encode, encoding, partitions
 from maha_megatron.data.prepare.blocks import read_blocks
 from maha_megatron.data.prepare.digest import TextDigest, digest_of, parse_digest
 from maha_megatron.data.prepare.encode import Output
@@ -178,6 +180,41 @@ def test_strict_stops_at_the_first_bad_line_with_its_place(
     with pytest.raises(DataError, match=r"a\.jsonl, line 8 "):
         write_inputs([path], tmp_path / "s", settings_for(*tokenizer, strict=True), workers=2)
     assert not Path(f"{tmp_path}/s.bin").exists()
+
+
+def test_strict_partitions_tell_the_first_bad_line_of_the_input(tmp_path: Path, tokenizers: dict) -> None:
+    path, good = tmp_path / "a.jsonl", b'{"text": "some text of a line that is none"}\n'
+    path.write_bytes(good * 400 + b"no json\n" * 2 + good * 200 + b"no json\n" + good * 300)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 401 is no JSON"):
+        write_in_partitions(
+            list_inputs([str(path)]),
+            [Output("text", tmp_path / "p", {"append_eod": True})],
+            partitions=2,
+            settings=settings_for(*tokenizers["SentencePiece"], strict=True),
+            workers=2,
+            advance=lambda documents, text_bytes, read_bytes: None,
+            say=lambda text: None,
+            revisions={},
+        )
+    assert not Path(f"{tmp_path}/p.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "stopped"),
+    [
+        ([(2, "bad line", "third"), (0, "done", None), (1, "bad line", "second")], "second", [False, True, True]),
+        ([(1, "bad line", "second"), (2, "bad line", "third"), (0, "done", None)], "second", [False, True, True]),
+        ([(2, "bad line", "third"), (1, "done", None), (0, "done", None)], "third", [False, False, True]),
+    ],
+)
+def test_whatever_partition_is_first_the_first_bad_line_is_told(told: list, expected: str, stopped: list) -> None:
+    messages, stops = queue.Queue(), [threading.Event() for _ in range(3)]
+    for message in told:
+        messages.put(message)
+    with pytest.raises(DataError, match=expected):
+        partitions._watch(dict.fromkeys(range(3)), messages, stops, advance=None, say=None)
+    assert [stop.is_set() for stop in stops] == stopped
+    assert messages.empty()
 
 
 def test_a_line_beyond_the_limit_is_counted_and_memory_stays_bounded(tmp_path: Path, tokenizers: dict) -> None:
