@@ -1,7 +1,6 @@
 """Tokenizers behind one small protocol. Torch-free: data preparation uses it before torch is loaded."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -115,7 +114,8 @@ class HuggingFaceTokenizer:
     """A tokenizer of Hugging Face's fast kind; a document ends with its eos token.
 
     Text that spells out a special token keeps it as characters: the package matches none in it, and where a model
-    knows the token as an ordinary piece too, the spelling is encoded in two parts, cut after its first character.
+    knows the token as an ordinary piece too, the spelling, or what the model normalises to it, is encoded in two parts,
+    cut after its first character. A single character that makes a special token is left out.
 
     Args:
         path: A folder or a tokenizer.json.
@@ -137,9 +137,6 @@ class HuggingFaceTokenizer:
         self.fingerprint = f"HuggingFaceTokenizer:{hashlib.sha256(identity.encode()).hexdigest()}"
         self._control = np.zeros(self.vocabulary, dtype=bool)
         self._control[[self.end_of_document, *special]] = True
-        spelt = {backend.id_to_token(int(token)) for token in np.flatnonzero(self._control)}
-        longest_first = sorted((re.escape(word) for word in spelt if len(word) > 1), key=len, reverse=True)
-        self._spelling = re.compile("|".join(longest_first) or r"(?!)")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -159,10 +156,18 @@ class HuggingFaceTokenizer:
     def _without_control(self, text: str, ids: np.ndarray) -> np.ndarray:
         if not self._control[ids].any():
             return ids
-        cuts = [0, *(match.start() + 1 for match in self._spelling.finditer(text)), len(text)]
-        parts = [text[start:end] for start, end in pairwise(cuts)]
-        encoded = [self._backend.encode(part, add_special_tokens=False).ids for part in parts]
-        return np.array([token for part in encoded for token in part], dtype=np.int32)
+        cuts = {0, len(text)}
+        while True:
+            kept, known = [], len(cuts)
+            for begin, end in pairwise(sorted(cuts)):
+                encoded = self._backend.encode(text[begin:end], add_special_tokens=False)
+                for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
+                    if not self._control[token]:
+                        kept.append(token)
+                    elif last - first > 1:
+                        cuts.add(begin + first + 1)
+            if len(cuts) == known:
+                return np.array(kept, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)

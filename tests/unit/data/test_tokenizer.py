@@ -180,6 +180,25 @@ def test_no_special_token_comes_from_text_even_where_the_model_knows_its_spellin
         assert 1 in tokenizer._backend.encode(text).ids  # what it guards against
 
 
+@pytest.mark.parametrize("text", ["a\uff1c/s\uff1eb", "\uff1c\uff0fs\uff1e</s>", "</\uff53>" * 3, "a\u2603b", "\u2603"])
+def test_no_special_token_comes_from_what_a_normalizer_makes_of_text(tmp_path: Path, text: str) -> None:
+    """NFKC turns full-width characters into the spelling of </s>; a replacement, one character into all of it."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, normalizers
+
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((character, -5.0) for character in "ab</s>")]
+    fast = Fast(models.Unigram(pieces, unk_id=0))
+    fast.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\u2603", "</s>")])
+    fast.add_special_tokens(["</s>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert 1 in tokenizer._backend.encode(text).ids  # what it guards against
+    ids = tokenizer.encode(text)
+    assert 1 not in ids
+    assert len(ids) == len(text.replace("\u2603", ""))
+    assert tokenizer.encode_batch(["b", text])[1].tolist() == ids
+
+
 def test_a_vocabulary_with_merges_is_a_tokenizer(texts: list[str], tmp_path: Path) -> None:
     vocab, merges = byte_level_bpe(tmp_path / "bpe")
     by_files, by_folder = load_tokenizer(vocab, merges), load_tokenizer(tmp_path / "bpe")
