@@ -39,6 +39,7 @@ TYPES = {
     "GPT2BPETokenizer": "HuggingFaceTokenizer",
 }
 """Megatron's names of tokenizers, and the class of ours that reads them."""
+BEGINNING_TYPE = "Llama2Tokenizer"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +67,12 @@ def parse_arguments() -> argparse.Namespace:
     tokenizer.add_argument("--tokenizer-model", help=".model file, tokenizer.json or Hugging Face folder")
     tokenizer.add_argument("--vocab-file", help="instead, of a byte-level BPE: vocab.json")
     tokenizer.add_argument("--merge-file", help="and its merges.txt")
-    tokenizer.add_argument("--tokenizer-type", choices=TYPES, help="what it must be (default: what it is)")
+    tokenizer.add_argument(
+        "--tokenizer-type",
+        choices=TYPES,
+        help=f"what it must be (default: what it is); as in Megatron, {BEGINNING_TYPE} begins every document with <s>,"
+        " and no other does",
+    )
     tokenizer.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -132,6 +138,8 @@ def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
     arguments = {"input": source, "key": key, "tokenizer": input_identity(tokenizer), "append_eod": options.append_eod}
     if options.longest_document != parse_bytes("16MB"):
         arguments["longest_document"] = options.longest_document
+    if options.tokenizer_type == BEGINNING_TYPE:
+        arguments["prepend_begin"] = True
     if options.strict:
         arguments["strict"] = True
     if options.licence or options.revision:
@@ -172,6 +180,7 @@ def _write(options: argparse.Namespace, missing: dict[str, tuple[Path, dict[str,
         tokenizer=options.tokenizer_model or options.vocab_file,
         merges=options.merge_file,
         append_end=options.append_eod,
+        prepend_begin=options.tokenizer_type == BEGINNING_TYPE,
         strict=options.strict,
         longest_bytes=options.longest_document,
     )
@@ -211,9 +220,12 @@ def _check_tokenizer_type(options: argparse.Namespace) -> None:
     from maha_megatron.data.tokenizer import load_tokenizer
 
     path = options.tokenizer_model or options.vocab_file
-    kind = type(load_tokenizer(path, options.merge_file)).__name__
+    tokenizer = load_tokenizer(path, options.merge_file)
+    kind = type(tokenizer).__name__
     if options.tokenizer_type and TYPES[options.tokenizer_type] != kind:
         raise DataError(f"the tokenizer {path} is a {kind}, not a {options.tokenizer_type}")
+    if options.tokenizer_type == BEGINNING_TYPE and tokenizer.begin_of_document < 0:
+        raise DataError(f"{path} has no <s> to begin documents with: use --tokenizer-type GPTSentencePieceTokenizer")
 
 
 if __name__ == "__main__":

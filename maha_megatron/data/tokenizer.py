@@ -85,6 +85,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{path} is no SentencePiece model ({error})") from error
         self.vocabulary = self._model.get_piece_size()
         self.end_of_document = self._model.eos_id()
+        self.begin_of_document = self._model.bos_id()  # below 0 where it has none
         if self.end_of_document < 0:
             raise DataError(
                 f"{path} has no end-of-document token (it was trained with eos_id=-1): train it with an </s> piece,"

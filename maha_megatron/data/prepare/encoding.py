@@ -30,6 +30,8 @@ class EncodingSettings:
     tokenizer: str
     merges: str | None
     append_end: bool
+    prepend_begin: bool = False
+    """As Megatron's Llama2Tokenizer does, also before a document without text; for SentencePiece models with one."""
     strict: bool
     longest_bytes: int
 
@@ -63,6 +65,9 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, keys: Sequence[str], batched: bool):
         self._tokenizer, self._settings, self._keys, self._batched = tokenizer, settings, keys, batched
         self._item_type = np.dtype(ITEM_TYPES[token_code(tokenizer.vocabulary)])
+        none = np.zeros(0, dtype=np.int32)
+        self._begin = np.int32([tokenizer.begin_of_document]) if settings.prepend_begin else none
+        self._end = np.int32([tokenizer.end_of_document]) if settings.append_end else none
 
     def encode(self, block: Block) -> list[EncodedBlock]:
         """Encode a block's documents, key by key; one without text gets no tokens and no end, as in Megatron.
@@ -105,8 +110,11 @@ class Encoder:
             encoded = self._tokenizer.encode_batch(texts)
         else:
             encoded = [np.array(self._tokenizer.encode(text), dtype=np.int32) for text in texts]
-        end = [self._tokenizer.end_of_document] if self._settings.append_end else []
-        return [np.concatenate([ids, end if ids.size else []]).astype(self._item_type) for ids in encoded]
+        return [self._with_ends(ids).astype(self._item_type) for ids in encoded]
+
+    def _with_ends(self, ids: np.ndarray) -> np.ndarray:
+        begun = np.concatenate([self._begin, ids])
+        return np.concatenate([begun, self._end]) if begun.size else begun
 
 
 def fast_way_agrees(tokenizer: Tokenizer, texts: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """The three command lines, run as a user runs them."""
 
 import hashlib
+import io
 import json
 import runpy
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
 
 from maha_megatron.data.manifest import read_manifest
+from maha_megatron.data.pair import open_pair
 from tests.support.corpora import byte_level_bpe, odd_corpus, plain_text, sentencepiece_model
 
 SCRIPTS = Path(__file__).parents[3] / "data_prep"
@@ -207,6 +210,34 @@ def test_the_tokenizer_type_must_be_what_is_there(run, tmp_path: Path) -> None:
     )
     assert code == 2
     assert "is a SentencePieceTokenizer, not a HuggingFaceTokenizer" in err
+
+
+def test_the_llama_type_begins_documents_as_megatrons_does(run, tmp_path: Path) -> None:
+    """tools/preprocess_data.py appends the end to what tokenize() gives, and that begins with <s>, also for no text."""
+    model, texts = io.BytesIO(), [plain_text(30, 0), "", plain_text(5, 1)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(plain_text(2000, 2).splitlines()), model_writer=model, vocab_size=50, minloglevel=2
+    )
+    (tmp_path / "llama.model").write_bytes(model.getvalue())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ("preprocess.py", "--input", tmp_path / "a.jsonl", "--tokenizer-model", tmp_path / "llama.model")
+    package = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for name, kind in (
+        ("plain", "GPTSentencePieceTokenizer"),
+        ("llama", "Llama2Tokenizer"),
+        ("plain", "Llama2Tokenizer"),
+    ):
+        code, _, err = run(*arguments, "--output-prefix", tmp_path / name, "--tokenizer-type", kind)
+        assert code == 0, err
+        begin = [package.bos_id()] if kind == "Llama2Tokenizer" else []
+        expected = [begin + package.encode(text) for text in texts]
+        pair = open_pair(tmp_path / f"{name}_text_document")
+        found = [pair.document(number).tolist() for number in range(pair.documents)]
+        assert found == [[*ids, package.eos_id()] if ids else [] for ids in expected]
+    arguments = ("preprocess.py", "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "r")
+    own = sentencepiece_model(tmp_path / "small.model")
+    code, _, err = run(*arguments, "--tokenizer-model", own, "--tokenizer-type", "Llama2Tokenizer")
+    assert (code, "has no <s> to begin documents with" in err) == (2, True)
 
 
 def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tmp_path: Path) -> None:
