@@ -29,6 +29,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def is_local(self, text: str) -> bool:
+        """Whether the ids of this text depend on what is around them alone, and on nothing that sums it all up."""
+
+    def encode_on(self, text: str) -> np.ndarray:
+        """The ids of a text, int32, that goes on after another: without what the tokenizer puts before a text."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of several texts, int32, by the fastest way the tokenizer's package has."""
 
@@ -98,6 +104,8 @@ class SentencePieceTokenizer:
             for character in (STAND_IN, LOWER_ONE_EIGHTH)
         ]
         self._has_bytes = all(self._model.is_byte(token) for tokens in self._bytes for token in tokens)
+        # The scores of a BPE are its pieces' places; those of a unigram model are logarithms, which it adds up.
+        self._is_bpe = all(score.is_integer() for score in self._model.get_score(list(range(self.vocabulary))))
 
     def encode(self, text: str) -> list[int]:
         if not self._has_bytes or LOWER_ONE_EIGHTH not in text:
@@ -110,6 +118,14 @@ class SentencePieceTokenizer:
         exact = ids.tolist()
         # else the model normalises text; then it is encoded as by the package, where the character is a space
         return exact if self._model.decode(exact) == text else self._model.encode(text)
+
+    def is_local(self, text: str) -> bool:
+        return self._is_bpe and LOWER_ONE_EIGHTH not in text  # with it, all of the text is decoded as a proof
+
+    def encode_on(self, text: str) -> np.ndarray:
+        before = self._model.encode(STAND_IN) if self._has_bytes else []
+        ids = self.encode(STAND_IN + text if before else text)
+        return np.array(ids[len(before) :], dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not self._has_bytes or not any(LOWER_ONE_EIGHTH in text for text in texts):
@@ -155,6 +171,12 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         return self._without_control(text, ids).tolist()
+
+    def is_local(self, text: str) -> bool:
+        return type(self._backend.model).__name__ != "Unigram"
+
+    def encode_on(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -21,7 +21,7 @@ BLOCK_ROWS = 1000
 ROWS_AT_ONCE = 8
 """Of parquet, that are decoded together; however long they are, memory stays bounded."""
 LONGEST_BYTES = 16_000_000
-"""Default limit of a JSON line, a parquet cell or a text; tokenising takes about 150 times a document's bytes."""
+"""Default limit of a JSON line, a parquet cell or a text."""
 BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
 UNREADABLE, NOT_READ, NO_UTF8, CUT = "unreadable file", "unsupported kind", "no UTF-8 text", "text cut into several"

@@ -25,6 +25,7 @@ from maha_megatron.data.prepare.encoding import (
     EncodingSettings,
     encode_block,
     fast_way_agrees,
+    return_large_memory,
     start_worker,
 )
 from maha_megatron.data.prepare.spool import Spool
@@ -83,6 +84,7 @@ def write_pairs(
         DataError: The tokenizer is unusable, there is no text, a line is bad and the settings are strict, or a file
             cannot be written.
     """
+    return_large_memory()
     tokenizer = load_tokenizer(settings.tokenizer, settings.merges)
     keys, spools = [output.key for output in outputs], []
     try:
