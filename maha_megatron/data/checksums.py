@@ -16,7 +16,10 @@ import numpy as np
 from maha_megatron.data.writing import write_whole
 from maha_megatron.errors import DataError
 
-CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 14
+"""Small, since the first pass over short documents checks a chunk for each of them."""
+OLD_CHUNK_BYTES = 1 << 16
+"""Of files that do not tell."""
 ZERO_CHUNK_CRC = zlib.crc32(bytes(CHUNK_BYTES))
 HASHED_AT_ONCE = 1 << 24
 
@@ -76,13 +79,13 @@ class TokenSums:
         last = [self._open_crc] if self._open_bytes else []
         crc32 = np.concatenate([np.array(self._done, dtype=np.uint32), np.array(last, dtype=np.uint32)])
         stream = io.BytesIO()
-        np.savez(stream, crc32=crc32, counts=self.counts)
+        np.savez(stream, crc32=crc32, counts=self.counts, chunk_bytes=CHUNK_BYTES)
         write_whole(checksums_path(prefix), stream.getvalue())
         return hashlib.sha256(stream.getvalue()).hexdigest()
 
 
-def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray, np.ndarray]:
-    """Checksums (uint32 [chunks]) and token counts (int64 [vocabulary]) of a pair.
+def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Checksums (uint32 [chunks]) and token counts (int64 [vocabulary]) of a pair, and the bytes of a chunk.
 
     Raises:
         DataError: The file is missing or not the one of the manifest.
@@ -95,7 +98,8 @@ def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray
     if hashlib.sha256(content).hexdigest() != expected_sha256:
         raise DataError(f"{path} is not the one that the manifest names: copy all files of the pair again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return arrays["crc32"], arrays["counts"]
+        chunk_bytes = int(arrays["chunk_bytes"]) if "chunk_bytes" in arrays else OLD_CHUNK_BYTES
+        return arrays["crc32"], arrays["counts"], chunk_bytes
 
 
 def file_sha256(path: Path) -> str:

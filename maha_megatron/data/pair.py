@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maha_megatron.data.checksums import CHUNK_BYTES, file_sha256, read_checksums
+from maha_megatron.data.checksums import file_sha256, read_checksums
 from maha_megatron.data.layout import REBUILD, PairIndex, map_tokens, read_index
 from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.errors import DataError
@@ -21,15 +21,16 @@ class Pair:
         prefix: Path of the pair without its ending.
         index: Its index.
         checksums: uint32 [chunks of the .bin], or None: unchecked.
+        chunk_bytes: Of the .bin that a checksum stands for.
     """
 
-    def __init__(self, prefix: str, index: PairIndex, checksums: np.ndarray | None):
+    def __init__(self, prefix: str, index: PairIndex, checksums: np.ndarray | None, chunk_bytes: int = 1):
         self.prefix, self.index = prefix, index
         self._tokens = map_tokens(prefix, index)
         self._stream = Path(f"{prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 (closed with this object)
         _expect_random_access(self._stream.fileno(), self._tokens)
         self._tokens = np.asarray(self._tokens)
-        self._checksums = checksums
+        self._checksums, self._chunk_bytes = checksums, chunk_bytes
         self._unchecked = None if checksums is None else np.ones(len(checksums), dtype=bool)
 
     def __len__(self) -> int:
@@ -75,14 +76,13 @@ class Pair:
 
     def _check(self, begin: int, end: int) -> None:
         """Check the chunks that hold bytes [begin, end) and were not checked before."""
-        first, last = begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)
-        for chunk in range(first, last):
+        size = self._chunk_bytes
+        for chunk in range(begin // size, -(-end // size)):
             if self._unchecked[chunk]:
-                at = chunk * CHUNK_BYTES
-                content = os.pread(self._stream.fileno(), CHUNK_BYTES, at)
-                if zlib.crc32(content) != self._checksums[chunk]:
+                at = chunk * size
+                if zlib.crc32(os.pread(self._stream.fileno(), size, at)) != self._checksums[chunk]:
                     raise DataError(
-                        f"{self.prefix}.bin is damaged between byte {at} and {at + CHUNK_BYTES}: its content is not"
+                        f"{self.prefix}.bin is damaged between byte {at} and {at + size}: its content is not"
                         f" what the manifest's checksums say; {REBUILD}"
                     )
                 self._unchecked[chunk] = False
@@ -106,12 +106,12 @@ def open_pair(prefix: str | Path) -> Pair:
     if index.tokens == 0:
         raise DataError(f"{index.path} holds no tokens: the corpus it was made from was empty; {REBUILD}")
     manifest = read_manifest(prefix)
-    checksums = None
     if manifest:
         _check_against(manifest, index)
         if manifest.checksums_sha256:
-            checksums, _ = read_checksums(prefix, manifest.checksums_sha256)
-    return Pair(str(prefix), index, checksums)
+            checksums, _, chunk_bytes = read_checksums(prefix, manifest.checksums_sha256)
+            return Pair(str(prefix), index, checksums, chunk_bytes)
+    return Pair(str(prefix), index, None)
 
 
 def _check_against(manifest: Manifest, index: PairIndex) -> None:
