@@ -6,8 +6,8 @@ the flags are those of Megatron's preprocessing. The pair is what data.train of 
 lie a manifest with the tokenizer's fingerprint, which training checks, and checksums. A run that was killed continues
 when the same command is given again, and the bytes are the same; neither --workers nor --partitions changes them.
 
-Lines that give no document (no JSON, not UTF-8, no such field, no text in it) and files that cannot be read are left
-out, counted, and listed in <prefix>.bad_lines.jsonl; with --strict the first one ends the run.
+Lines that give no document (no JSON, not UTF-8, no such field, no text in it, too long) and files that cannot be read
+are left out, counted, and listed in <prefix>.bad_lines.jsonl; with --strict the first one ends the run.
 """
 
 import argparse
