@@ -86,6 +86,12 @@ class Block:
     read_bytes: int = 0
     """Bytes of all inputs, as they lie on the disk, that were read so far."""
 
+    @property
+    def content_bytes(self) -> int:
+        """About what it holds."""
+        texts = (value for values in (*self.columns.values(), self.texts) for value in values if isinstance(value, str))
+        return len(self.lines or b"") + sum(map(len, texts))
+
 
 def read_blocks(
     files: Sequence[InputFile], keys: Sequence[str], start: Position = BEGINNING, *, longest_bytes: int = LONGEST_BYTES

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maha_megatron.data.manifest import Manifest
-from maha_megatron.data.prepare.blocks import BEGINNING, Block, Position
+from maha_megatron.data.prepare.blocks import BEGINNING, BLOCK_BYTES, Block, Position
 from maha_megatron.data.prepare.documents import BadLine, documents_of
 from maha_megatron.data.prepare.encoding import (
     PROVED_BLOCKS,
@@ -153,26 +153,30 @@ def _ignore(bad: BadLine) -> None:
 
 
 def _encoded(blocks: Iterator[Block], encoder: Encoder, workers: int) -> Iterator[list[EncodedBlock]]:
-    """Encode blocks in order; at most WAITING_BLOCKS_PER_WORKER blocks per worker are held at a time."""
+    """Encode blocks in order; WAITING_BLOCKS_PER_WORKER per worker are held at a time, of long documents fewer."""
     if workers == 1:
         yield from map(encoder.encode, blocks)
         return
     # Fresh processes: a fork of one that runs torch's threads may hang.
-    context = multiprocessing.get_context("spawn")
+    context, most = multiprocessing.get_context("spawn"), WAITING_BLOCKS_PER_WORKER * workers
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(encoder,)) as pool:
         waiting: deque = deque()
+        waiting_bytes = 0
         try:
             for block in blocks:
-                waiting.append(pool.submit(encode_block, block))
-                if len(waiting) >= WAITING_BLOCKS_PER_WORKER * workers:
-                    yield waiting.popleft().result()
+                waiting.append((pool.submit(encode_block, block), block.content_bytes))
+                waiting_bytes += block.content_bytes
+                while len(waiting) >= most or (len(waiting) > workers and waiting_bytes > most * BLOCK_BYTES):
+                    future, num_bytes = waiting.popleft()
+                    waiting_bytes -= num_bytes
+                    yield future.result()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a tokenising process was killed, most likely because memory ran out: use fewer --workers or a smaller"
                 " --longest-document, and run the same command again; it continues"
             ) from error
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()
