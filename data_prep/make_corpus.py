@@ -16,7 +16,9 @@ from typing import Any
 from maha_megatron.data import writing
 from maha_megatron.data.prepare.corpus import available_versions, machine_texts
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
+from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
+    dataset_identity,
     finished_record,
     input_identity,
     parse_bytes,
@@ -57,11 +59,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the corpus and its record, or say that both are there."""
     options = parse_arguments()
+    refuse_output_in_input(options.output, [*options.input, *filter(None, [options.dataset])])
+    dataset = options.dataset, options.dataset_config, options.dataset_split
     arguments = {
-        "input": input_identity(options.input) if options.input else None,
+        "input": input_identity(options.input, options.suffixes) if options.input else None,
         "suffixes": options.suffixes,
         "key": options.json_keys,
-        "dataset": [options.dataset, options.dataset_config, options.dataset_split] if options.dataset else None,
+        "dataset": dataset_identity(*dataset) if options.dataset else None,
         "bytes": options.bytes,
         "versions": None if options.input or options.dataset else available_versions(),
     }
@@ -124,11 +128,16 @@ def _documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str | No
     if options.dataset:
         yield from _hub_documents(options)
     elif options.input:
-        from maha_megatron.data.prepare.documents import read_documents
+        from maha_megatron.data.prepare.documents import LeftOut, read_documents
 
-        for name in options.input:
-            for document in read_documents([name], key=options.json_keys, suffixes=options.suffixes):
-                yield name, document.source, document.text
+        left_out, how = LeftOut(), {"key": options.json_keys, "suffixes": options.suffixes}
+        try:
+            for name in options.input:
+                for document in read_documents([name], **how, left_out=left_out):
+                    yield name, document.source, document.text
+        finally:  # also when --bytes ends the reading
+            if left_out.kinds:
+                print(f"corpus: {left_out}")
     else:
         for file, text in machine_texts(options.bytes):
             yield file.origin, file.name, text

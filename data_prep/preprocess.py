@@ -6,8 +6,8 @@ the flags are those of Megatron's preprocessing. The pair is what data.train of 
 lie a manifest with the tokenizer's fingerprint, which training checks, and checksums. A run that was killed continues
 when the same command is given again, and the bytes are the same; neither --workers nor --partitions changes them.
 
-Lines that give no document (no JSON, not UTF-8, no such field, no text in it) and files that cannot be read are left
-out, counted, and listed in <prefix>.bad_lines.jsonl; with --strict the first one ends the run.
+Lines that give no document (no JSON, not UTF-8, no such field, no text in it, too long) and files that cannot be read
+are left out, counted, and listed in <prefix>.bad_lines.jsonl; with --strict the first one ends the run.
 """
 
 import argparse
@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maha_megatron.data.manifest import Manifest
+from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.data.prepare.finished import finished_pair
+from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
+    dataset_identity,
     document_progress,
     input_identity,
     parse_bytes,
@@ -38,6 +40,7 @@ TYPES = {
     "GPT2BPETokenizer": "HuggingFaceTokenizer",
 }
 """Megatron's names of tokenizers, and the class of ours that reads them."""
+BEGINNING_TYPE = "Llama2Tokenizer"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,13 +61,19 @@ def parse_arguments() -> argparse.Namespace:
         "--longest-document",
         type=parse_bytes,
         default=parse_bytes("16MB"),
-        help="longer lines are left out and counted; tokenising one takes about 150 times its bytes (default: 16MB)",
+        help="longer lines are left out, longer texts become several documents; both are counted and listed"
+        " (default: 16MB)",
     )
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-model", help=".model file, tokenizer.json or Hugging Face folder")
     tokenizer.add_argument("--vocab-file", help="instead, of a byte-level BPE: vocab.json")
     tokenizer.add_argument("--merge-file", help="and its merges.txt")
-    tokenizer.add_argument("--tokenizer-type", choices=TYPES, help="what it must be (default: what it is)")
+    tokenizer.add_argument(
+        "--tokenizer-type",
+        choices=TYPES,
+        help=f"what it must be (default: what it is); as in Megatron, {BEGINNING_TYPE} begins every document with <s>,"
+        " and no other does",
+    )
     tokenizer.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -77,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument("--partitions", type=int, default=1, help="reading processes, for hundreds of cores")
     output.add_argument("--force", action="store_true", help="run again although it is done")
     options = parser.parse_args()
+    options.json_keys = list(dict.fromkeys(options.json_keys))
     _check(parser, options)
     return options
 
@@ -98,17 +108,23 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def main() -> None:
-    """Write one pair per key, or say that it is there."""
+    """Write one pair per key, all from one reading, or say that it is there."""
     options = parse_arguments()
-    for key in options.json_keys:
-        prefix = Path(f"{options.output_prefix}_{key}_document")
+    prefixes = {key: Path(f"{options.output_prefix}_{key}_document") for key in options.json_keys}
+    missing = {}
+    for key, prefix in prefixes.items():
+        refuse_output_in_input(prefix, options.input or [options.dataset])
         arguments = _arguments(options, key)
-        manifest = None if options.force else _finished(prefix, arguments)
-        if manifest:
-            remove_leftover(prefix)
+        if not options.force and _finished(prefix, arguments):
             print(f"preprocess: done already: {prefix} (--force makes it again)")
         else:
-            manifest = _write(options, key, prefix, arguments)
+            missing[key] = prefix, arguments
+    if missing:
+        _write(options, missing)
+    for prefix in prefixes.values():
+        manifest = read_manifest(prefix)
+        assert manifest is not None
+        remove_leftover(prefix)
         report(prefix, manifest)
 
 
@@ -127,13 +143,15 @@ def _say(text: str) -> None:
 def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
     """What the pair depends on. What is as it always was is left out, so that pairs of older versions stay done."""
     if options.dataset:
-        source: list[Any] = [options.dataset, options.dataset_config, options.dataset_split, options.revision]
+        source = dataset_identity(options.dataset, options.dataset_config, options.dataset_split, options.revision)
     else:
         source = input_identity(options.input)
     tokenizer = [options.tokenizer_model] if options.tokenizer_model else [options.vocab_file, options.merge_file]
     arguments = {"input": source, "key": key, "tokenizer": input_identity(tokenizer), "append_eod": options.append_eod}
     if options.longest_document != parse_bytes("16MB"):
         arguments["longest_document"] = options.longest_document
+    if options.tokenizer_type == BEGINNING_TYPE:
+        arguments["prepend_begin"] = True
     if options.strict:
         arguments["strict"] = True
     if options.licence or options.revision:
@@ -151,43 +169,46 @@ def report(prefix: Path, manifest: Manifest) -> None:
     if manifest.bad_lines:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.bad_lines.items()))
         print(
-            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files gave no document ({kinds}); they"
-            f" are listed in {prefix}.bad_lines.jsonl"
+            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files were left out or cut ({kinds});"
+            f" they are listed in {prefix}.bad_lines.jsonl"
         )
     print(
         f"preprocess: in a configuration: data.train: [{{prefix: {prefix}}}], model.vocabulary: {manifest.vocabulary}"
     )
 
 
-def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[str, Any]) -> Manifest:
+def _write(options: argparse.Namespace, missing: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+    """Write the pairs of some keys, each given by prefix and arguments."""
     _check_tokenizer_type(options)
 
-    from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
-    from maha_megatron.data.prepare.encode import write_pair
+    from maha_megatron.data.prepare.blocks import read_blocks
+    from maha_megatron.data.prepare.encode import Output, progress_of, write_pairs
     from maha_megatron.data.prepare.encoding import EncodingSettings
     from maha_megatron.data.prepare.hub import HubSet, hub_blocks
+    from maha_megatron.data.prepare.inputs import list_inputs
     from maha_megatron.data.prepare.partitions import write_in_partitions
 
     settings = EncodingSettings(
         tokenizer=options.tokenizer_model or options.vocab_file,
         merges=options.merge_file,
         append_end=options.append_eod,
-        key=key,
+        prepend_begin=options.tokenizer_type == BEGINNING_TYPE,
         strict=options.strict,
         longest_bytes=options.longest_document,
     )
-    total_bytes = None if options.dataset else sum(size for _, size, _ in arguments["input"])
+    keys, outputs = list(missing), [Output(key, *pair) for key, pair in missing.items()]
+    total_bytes = None if options.dataset else sum(size for _, size, _ in outputs[0].arguments["input"])
     common = {
         "settings": settings,
         "workers": options.workers or _default_workers(total_bytes),
-        "arguments": arguments,
         "say": _say,
         "revisions": dict.fromkeys(options.input, (options.licence, options.revision or "")),
     }
-    with document_progress(total_bytes, f"preprocess {key}") as update:
+    with document_progress(total_bytes, f"preprocess {' '.join(keys)}") as update:
         if options.partitions > 1:
             files = list_inputs(options.input)
-            return write_in_partitions(files, prefix, partitions=options.partitions, advance=update, **common)
+            write_in_partitions(files, outputs, partitions=options.partitions, advance=update, **common)
+            return
         if options.dataset:
             source = HubSet(
                 name=options.dataset,
@@ -196,15 +217,10 @@ def _write(options: argparse.Namespace, key: str, prefix: Path, arguments: dict[
                 revision=options.revision,
             )
             common["revisions"] = {source.name: (options.licence or source.licence(), options.revision or "")}
-            blocks = partial(hub_blocks, source, key)
+            blocks = partial(hub_blocks, source, keys)
         else:
-            blocks = partial(read_blocks, list_inputs(options.input), key, longest_bytes=options.longest_document)
-        return write_pair(
-            blocks,
-            prefix,
-            advance=lambda spool: update(spool.documents, spool.text_bytes, spool.read_bytes),
-            **common,
-        )
+            blocks = partial(read_blocks, list_inputs(options.input), keys, longest_bytes=options.longest_document)
+        write_pairs(blocks, outputs, advance=lambda spools: update(*progress_of(spools)), **common)
 
 
 def _default_workers(total_bytes: int | None) -> int:
@@ -216,9 +232,12 @@ def _check_tokenizer_type(options: argparse.Namespace) -> None:
     from maha_megatron.data.tokenizer import load_tokenizer
 
     path = options.tokenizer_model or options.vocab_file
-    kind = type(load_tokenizer(path, options.merge_file)).__name__
+    tokenizer = load_tokenizer(path, options.merge_file)
+    kind = type(tokenizer).__name__
     if options.tokenizer_type and TYPES[options.tokenizer_type] != kind:
         raise DataError(f"the tokenizer {path} is a {kind}, not a {options.tokenizer_type}")
+    if options.tokenizer_type == BEGINNING_TYPE and tokenizer.begin_of_document < 0:
+        raise DataError(f"{path} has no <s> to begin documents with: use --tokenizer-type GPTSentencePieceTokenizer")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from maha_megatron.data.prepare.inputs import refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
     finished_record,
     input_identity,
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train the tokenizer, or say that it is there."""
     options = parse_arguments()
+    refuse_output_in_input(options.output, options.input)
     identity = input_identity(options.input)
     arguments = {
         "input": identity,
@@ -70,12 +72,15 @@ def main() -> None:
 
 def _texts(options: argparse.Namespace, total_bytes: int) -> Iterator[str]:
     """Texts of the input's documents, with progress; at the end, say that learning begins."""
-    from maha_megatron.data.prepare.documents import read_documents
+    from maha_megatron.data.prepare.documents import LeftOut, read_documents
 
+    left_out = LeftOut()
     with progress_bar(total_bytes, "tokenizer: reading") as advance:
-        for document in read_documents(options.input, key=options.json_keys):
+        for document in read_documents(options.input, key=options.json_keys, left_out=left_out):
             advance(len(document.text))
             yield document.text
+    if left_out.kinds:
+        print(f"tokenizer: {left_out}")
     print(f"tokenizer: learning {options.vocabulary} pieces ...", flush=True)
 
 

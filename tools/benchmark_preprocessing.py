@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from maha_megatron.data.prepare.documents import read_documents
+from maha_megatron.data.prepare.documents import LeftOut, read_documents
 from maha_megatron.data.prepare.encoding import BATCH_CHARACTERS
 from maha_megatron.data.prepare.stage import parse_bytes
 from maha_megatron.data.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Speed and memory, as plain data."""
-    texts = [document.text for document in read_documents(options.input)]
+    texts = [document.text for document in read_documents(options.input, left_out=LeftOut())]
     alone, alone_cpu = tokenizer_speed(options.tokenizer_model, texts)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus.jsonl")

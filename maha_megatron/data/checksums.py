@@ -16,8 +16,10 @@ import numpy as np
 from maha_megatron.data.writing import write_whole
 from maha_megatron.errors import DataError
 
-CHUNK_BYTES = 1 << 16
-ZERO_CHUNK_CRC = zlib.crc32(bytes(CHUNK_BYTES))
+CHUNK_BYTES = 1 << 14
+"""Small, since the first pass over short documents checks a chunk for each of them."""
+OLD_CHUNK_BYTES = 1 << 16
+"""Of files that do not tell."""
 HASHED_AT_ONCE = 1 << 24
 
 
@@ -31,9 +33,11 @@ class TokenSums:
 
     Args:
         vocabulary: Token ids run below it.
+        chunk_bytes: Of which checksums are.
     """
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, vocabulary: int, chunk_bytes: int = CHUNK_BYTES):
+        self._chunk_bytes = chunk_bytes
         self.counts = np.zeros(vocabulary, dtype=np.int64)
         self._done = array("I")
         self._open_crc = self._open_bytes = 0
@@ -48,10 +52,10 @@ class TokenSums:
         """Take the next bytes into the checksums alone."""
         content = memoryview(content)
         while len(content):
-            piece = content[: CHUNK_BYTES - self._open_bytes]
+            piece = content[: self._chunk_bytes - self._open_bytes]
             self._open_crc = zlib.crc32(piece, self._open_crc)
             self._open_bytes += len(piece)
-            if self._open_bytes == CHUNK_BYTES:
+            if self._open_bytes == self._chunk_bytes:
                 self._done.append(self._open_crc)
                 self._open_crc = self._open_bytes = 0
             content = content[len(piece) :]
@@ -59,10 +63,11 @@ class TokenSums:
     def add_zeros(self, num_bytes: int) -> None:
         """As add_bytes of so many zeros, but fast where whole chunks are nothing else: the holes of a sparse file."""
         while num_bytes:
-            piece = min(num_bytes, CHUNK_BYTES - self._open_bytes)
-            if piece == CHUNK_BYTES:
-                self._done.extend(repeat(ZERO_CHUNK_CRC, num_bytes // CHUNK_BYTES))
-                piece = num_bytes // CHUNK_BYTES * CHUNK_BYTES
+            piece = min(num_bytes, self._chunk_bytes - self._open_bytes)
+            if piece == self._chunk_bytes:
+                chunks = num_bytes // piece
+                self._done.extend(repeat(zlib.crc32(bytes(piece)), chunks))
+                piece *= chunks
             else:
                 self.add_bytes(bytes(piece))
             num_bytes -= piece
@@ -80,13 +85,13 @@ class TokenSums:
             DataError: The file cannot be written.
         """
         stream = io.BytesIO()
-        np.savez(stream, crc32=self.crc32, counts=self.counts)
+        np.savez(stream, crc32=self.crc32, counts=self.counts, chunk_bytes=self._chunk_bytes)
         write_whole(checksums_path(prefix), stream.getvalue())
         return hashlib.sha256(stream.getvalue()).hexdigest()
 
 
-def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray, np.ndarray]:
-    """Checksums (uint32 [chunks]) and token counts (int64 [vocabulary]) of a pair.
+def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Checksums (uint32 [chunks]) and token counts (int64 [vocabulary]) of a pair, and the bytes of a chunk.
 
     Raises:
         DataError: The file is missing or not the one of the manifest.
@@ -99,7 +104,8 @@ def read_checksums(prefix: str | Path, expected_sha256: str) -> tuple[np.ndarray
     if hashlib.sha256(content).hexdigest() != expected_sha256:
         raise DataError(f"{path} is not the one that the manifest names: copy all files of the pair again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return arrays["crc32"], arrays["counts"]
+        chunk_bytes = int(arrays["chunk_bytes"]) if "chunk_bytes" in arrays else OLD_CHUNK_BYTES
+        return arrays["crc32"], arrays["counts"], chunk_bytes
 
 
 def file_sha256(path: Path) -> str:

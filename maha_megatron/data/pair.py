@@ -24,15 +24,16 @@ class Pair:
         prefix: Path of the pair without its ending.
         index: Its index.
         checksums: uint32 [chunks of the .bin], or None: unchecked.
+        chunk_bytes: Of the .bin that a checksum stands for.
     """
 
-    def __init__(self, prefix: str, index: PairIndex, checksums: np.ndarray | None):
+    def __init__(self, prefix: str, index: PairIndex, checksums: np.ndarray | None, chunk_bytes: int = CHUNK_BYTES):
         self.prefix, self.index = prefix, index
         self._tokens = map_tokens(prefix, index)
         self._stream = Path(f"{prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 (closed with this object)
         _expect_random_access(self._stream.fileno(), self._tokens)
         self._tokens = np.asarray(self._tokens)
-        self._checksums = checksums
+        self._checksums, self._chunk_bytes = checksums, chunk_bytes
         self._unchecked = None if checksums is None else np.ones(len(checksums), dtype=bool)
 
     def __len__(self) -> int:
@@ -85,13 +86,12 @@ class Pair:
 
     def _check(self, begin: int, end: int) -> None:
         """Check the chunks that hold bytes [begin, end) and were not checked before."""
-        first, last = begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)
-        for chunk in range(first, last):
+        size = self._chunk_bytes
+        for chunk in range(begin // size, -(-end // size)):
             if self._unchecked[chunk]:
-                at = chunk * CHUNK_BYTES
-                content = os.pread(self._stream.fileno(), CHUNK_BYTES, at)
-                if zlib.crc32(content) != self._checksums[chunk]:
-                    raise damaged(self.prefix, chunk)
+                at = chunk * size
+                if zlib.crc32(os.pread(self._stream.fileno(), size, at)) != self._checksums[chunk]:
+                    raise damaged(self.prefix, at, size)
                 self._unchecked[chunk] = False
 
 
@@ -120,6 +120,8 @@ class PairFiles:
     """uint32 [chunks of the .bin]; None where the manifest names none."""
     counts: np.ndarray | None
     """int64 [vocabulary]: how often each token occurs; there where the checksums are."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Of which each checksum is."""
 
 
 def read_pair_files(prefix: str | Path) -> PairFiles:
@@ -146,7 +148,7 @@ def open_pair(prefix: str | Path) -> Pair:
     files = read_pair_files(prefix)
     if files.index.tokens == 0:
         raise DataError(f"{files.index.path} holds no tokens: the corpus it was made from was empty; {REBUILD}")
-    return Pair(str(prefix), files.index, files.checksums)
+    return Pair(str(prefix), files.index, files.checksums, files.chunk_bytes)
 
 
 def check_pair(prefix: str | Path, advance: Callable[[int], object]) -> None:
@@ -161,14 +163,13 @@ def check_pair(prefix: str | Path, advance: Callable[[int], object]) -> None:
     """
     files = read_pair_files(prefix)
     if files.checksums is not None and files.index.tokens:
-        Pair(str(prefix), files.index, files.checksums).check_all(advance)
+        Pair(str(prefix), files.index, files.checksums, files.chunk_bytes).check_all(advance)
 
 
-def damaged(prefix: str | Path, chunk: int) -> DataError:
-    """The error for a chunk of a .bin that is not what was written."""
-    at = chunk * CHUNK_BYTES
+def damaged(prefix: str | Path, begin: int, num_bytes: int) -> DataError:
+    """The error for a part of a .bin that is not what was written."""
     return DataError(
-        f"{prefix}.bin is damaged between byte {at} and {at + CHUNK_BYTES}: its content is not what the manifest's"
+        f"{prefix}.bin is damaged between byte {begin} and {begin + num_bytes}: its content is not what the manifest's"
         f" checksums say; {REBUILD}"
     )
 

@@ -1,7 +1,6 @@
 """Tokenizers behind one small protocol. Torch-free: data preparation uses it before torch is loaded."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 from maha_megatron.errors import DataError
 
 LOWER_ONE_EIGHTH = "\u2581"
-"""The character SentencePiece writes for a space; text that holds it is encoded around it (see below)."""
+"""The character SentencePiece writes for a space; text that holds it is encoded with a stand-in for it."""
+STAND_IN = "\ufdd0"
+"""No character and in no text, and of as many UTF-8 bytes."""
 KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -27,6 +28,12 @@ class Tokenizer(Protocol):
     """Hash of what determines the ids: equal exactly when two tokenizers are the same."""
 
     def encode(self, text: str) -> list[int]: ...
+
+    def is_local(self, text: str) -> bool:
+        """Whether the ids of this text depend on what is around them alone, and on nothing that sums it all up."""
+
+    def encode_on(self, text: str) -> np.ndarray:
+        """The ids of a text, int32, that goes on after another: without what the tokenizer puts before a text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of several texts, int32, by the fastest way the tokenizer's package has."""
@@ -84,26 +91,44 @@ class SentencePieceTokenizer:
             raise DataError(f"{path} is no SentencePiece model ({error})") from error
         self.vocabulary = self._model.get_piece_size()
         self.end_of_document = self._model.eos_id()
+        self.begin_of_document = self._model.bos_id()  # below 0 where it has none
         if self.end_of_document < 0:
             raise DataError(
                 f"{path} has no end-of-document token (it was trained with eos_id=-1): train it with an </s> piece,"
                 " for example with data_prep/train_tokenizer.py"
             )
         self.fingerprint = f"SentencePieceTokenizer:{hashlib.sha256(content).hexdigest()}"
-        # With byte fallback the character that stands for a space can itself be kept: as its three bytes.
-        byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in LOWER_ONE_EIGHTH.encode()]
-        self._lower_one_eighth_ids = byte_ids if all(map(self._model.is_byte, byte_ids)) else None
+        # With byte fallback, a character that no piece holds is three tokens, and what surrounds it does not matter.
+        self._bytes = [
+            [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+            for character in (STAND_IN, LOWER_ONE_EIGHTH)
+        ]
+        self._has_bytes = all(self._model.is_byte(token) for tokens in self._bytes for token in tokens)
+        # The scores of a BPE are its pieces' places; those of a unigram model are logarithms, which it adds up.
+        self._is_bpe = all(score.is_integer() for score in self._model.get_score(list(range(self.vocabulary))))
 
     def encode(self, text: str) -> list[int]:
-        if self._lower_one_eighth_ids is None or LOWER_ONE_EIGHTH not in text:
+        if not self._has_bytes or LOWER_ONE_EIGHTH not in text:
             return self._model.encode(text)
-        ids: list[int] = []
-        for number, part in enumerate(text.split(LOWER_ONE_EIGHTH)):
-            ids += (self._lower_one_eighth_ids if number else []) + self._model.encode(part)
-        return ids
+        ids = np.array(self._model.encode(text.replace(LOWER_ONE_EIGHTH, STAND_IN)), dtype=np.int32)
+        found, kept = self._bytes
+        first, second, third = (ids[place : ids.size - 2 + place] == token for place, token in enumerate(found))
+        for start in np.flatnonzero(first & second & third):
+            ids[start : start + 3] = kept
+        exact = ids.tolist()
+        # else the model normalises text; then it is encoded as by the package, where the character is a space
+        return exact if self._model.decode(exact) == text else self._model.encode(text)
+
+    def is_local(self, text: str) -> bool:
+        return self._is_bpe and LOWER_ONE_EIGHTH not in text  # with it, all of the text is decoded as a proof
+
+    def encode_on(self, text: str) -> np.ndarray:
+        before = self._model.encode(STAND_IN) if self._has_bytes else []
+        ids = self.encode(STAND_IN + text if before else text)
+        return np.array(ids[len(before) :], dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._lower_one_eighth_ids is None or not any(LOWER_ONE_EIGHTH in text for text in texts):
+        if not self._has_bytes or not any(LOWER_ONE_EIGHTH in text for text in texts):
             return [np.array(ids, dtype=np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
@@ -115,7 +140,8 @@ class HuggingFaceTokenizer:
     """A tokenizer of Hugging Face's fast kind; a document ends with its eos token.
 
     Text that spells out a special token keeps it as characters: the package matches none in it, and where a model
-    knows the token as an ordinary piece too, the spelling is encoded in two parts, cut after its first character.
+    knows the token as an ordinary piece too, the spelling, or what the model normalises to it, is encoded in two parts,
+    cut after its first character. A single character that makes a special token is left out.
 
     Args:
         path: A folder or a tokenizer.json.
@@ -137,9 +163,6 @@ class HuggingFaceTokenizer:
         self.fingerprint = f"HuggingFaceTokenizer:{hashlib.sha256(identity.encode()).hexdigest()}"
         self._control = np.zeros(self.vocabulary, dtype=bool)
         self._control[[self.end_of_document, *special]] = True
-        spelt = {backend.id_to_token(int(token)) for token in np.flatnonzero(self._control)}
-        longest_first = sorted((re.escape(word) for word in spelt if len(word) > 1), key=len, reverse=True)
-        self._spelling = re.compile("|".join(longest_first) or r"(?!)")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -148,6 +171,12 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         return self._without_control(text, ids).tolist()
+
+    def is_local(self, text: str) -> bool:
+        return type(self._backend.model).__name__ != "Unigram"
+
+    def encode_on(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -159,10 +188,18 @@ class HuggingFaceTokenizer:
     def _without_control(self, text: str, ids: np.ndarray) -> np.ndarray:
         if not self._control[ids].any():
             return ids
-        cuts = [0, *(match.start() + 1 for match in self._spelling.finditer(text)), len(text)]
-        parts = [text[start:end] for start, end in pairwise(cuts)]
-        encoded = [self._backend.encode(part, add_special_tokens=False).ids for part in parts]
-        return np.array([token for part in encoded for token in part], dtype=np.int32)
+        cuts = {0, len(text)}
+        while True:
+            kept, known = [], len(cuts)
+            for begin, end in pairwise(sorted(cuts)):
+                encoded = self._backend.encode(text[begin:end], add_special_tokens=False)
+                for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
+                    if not self._control[token]:
+                        kept.append(token)
+                    elif last - first > 1:
+                        cuts.add(begin + first + 1)
+            if len(cuts) == known:
+                return np.array(kept, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from maha_megatron.data.indexed import DType, IndexedDatasetBuilder
-from maha_megatron.data.prepare.blocks import LONGEST_BYTES, list_inputs, read_blocks
-from maha_megatron.data.prepare.encode import write_pair
+from maha_megatron.data.prepare.blocks import LONGEST_BYTES, read_blocks
+from maha_megatron.data.prepare.encode import Output, write_pairs
 from maha_megatron.data.prepare.encoding import EncodingSettings
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.prepare.tokenizer_training import stretches, train_sentencepiece
 
 WORDS = "the of model to learn scale token in window is block attention for row by key sum with path 0 1 42 {} () ="
@@ -153,21 +154,24 @@ def _gpt2_itself(vocab: str) -> tuple[Callable[[str], list[int]], int, int]:
 
 def settings_for(tokenizer: str, merges: str | None = None, **changes) -> EncodingSettings:
     """Settings of a preprocessing run."""
-    values = {"append_end": True, "key": "text", "strict": False, "longest_bytes": LONGEST_BYTES}
+    values = {"append_end": True, "strict": False, "longest_bytes": LONGEST_BYTES}
     return EncodingSettings(tokenizer=tokenizer, merges=merges, **(values | changes))
 
 
 def write_inputs(inputs: Sequence[Path], prefix: Path, settings: EncodingSettings, **changes):
-    """Preprocess files in this process; the manifest."""
+    """Preprocess files in this process; the manifest. `advance` is called with the spool of the pair."""
     files = list_inputs(list(map(str, inputs)))
-    values = {"workers": 1, "arguments": {"append_eod": settings.append_end}, "revisions": {}}
-    values |= {"advance": lambda spool: None, "say": lambda text: None}
-    return write_pair(
-        lambda start: read_blocks(files, settings.key, start, longest_bytes=settings.longest_bytes),
-        prefix,
+    values = {"workers": 1, "revisions": {}, "say": lambda text: None}
+    values |= changes
+    advance = values.pop("advance", lambda spool: None)
+    (manifest,) = write_pairs(
+        lambda start: read_blocks(files, ["text"], start, longest_bytes=settings.longest_bytes),
+        [Output("text", Path(prefix), values.pop("arguments", {"append_eod": settings.append_end}))],
         settings=settings,
-        **(values | changes),
+        advance=lambda spools: advance(*spools),
+        **values,
     )
+    return manifest
 
 
 def pair_bytes(prefix: Path) -> tuple[bytes, bytes]:

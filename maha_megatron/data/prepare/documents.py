@@ -1,14 +1,32 @@
 """Documents from blocks, one at a time and unchanged; what is none is told by line and reason."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from maha_megatron.data.prepare.blocks import LONGEST_BYTES, TOO_LONG, Block, list_inputs, read_blocks
+from maha_megatron.data.prepare.blocks import (
+    BYTE_ORDER_MARK,
+    CUT,
+    LONGEST_BYTES,
+    NO_UTF8,
+    NOT_READ,
+    TOO_LONG,
+    Block,
+    TooLong,
+    read_blocks,
+)
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
-BYTE_ORDER_MARK = "\ufeff"
+NO_TEXT_KINDS = (NOT_READ, NO_UTF8)
+"""Kinds of bad files that are no documents at all, rather than broken ones."""
+
+
+class BadLineError(DataError):
+    """A strict reader met a bad line."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +54,29 @@ class BadLine:
         return f"{self.file}, line {self.line} {self.detail}"
 
 
+class LeftOut:
+    """Files of folders that hold no text which is read, and long ones: how many of each kind, and the first."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.first = ""
+
+    def add(self, bad: BadLine) -> None:
+        """Count a file."""
+        self.kinds[bad.kind] += 1
+        self.first = self.first or str(bad)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        return f"{self.kinds.total()} files of the input were left out or cut ({kinds}), the first: {self.first}"
+
+
 def read_documents(
-    paths: Sequence[str], *, key: str = "text", suffixes: Sequence[str] | None = None
+    paths: Sequence[str],
+    *,
+    key: str = "text",
+    suffixes: Sequence[str] | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
     """Every document of the inputs, in order.
 
@@ -45,56 +84,70 @@ def read_documents(
         paths: Files or folders, as for list_inputs and read_blocks.
         key: The field of JSON lines, or the parquet column, that holds the text.
         suffixes: In folders, only files with one of these endings.
+        left_out: Hears of files of folders that hold no text which is read, and of texts that are cut; None: the first
+            ends the reading.
 
     Raises:
-        DataError: A file is missing, damaged, not UTF-8, or lacks the key.
+        DataError: A file is missing, damaged, no text, or lacks the key.
     """
-    for block in read_blocks(list_inputs(paths, suffixes), key):
-        yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=refuse)
+
+    def on_bad(bad: BadLine) -> None:
+        found_in_folder = bad.kind in NO_TEXT_KINDS and not any(Path(bad.file) == Path(name) for name in paths)
+        left_out.add(bad) if left_out is not None and (found_in_folder or bad.kind == CUT) else refuse(bad)
+
+    for block in read_blocks(list_inputs(paths, suffixes), [key]):
+        yield from documents_of(block, key, longest_bytes=LONGEST_BYTES, on_bad=on_bad)
 
 
 def refuse(bad: BadLine) -> None:
     """What a strict reader does with a bad line.
 
     Raises:
-        DataError: Always.
+        BadLineError: Always.
     """
-    raise DataError(str(bad))
+    raise BadLineError(str(bad))
 
 
 def documents_of(
     block: Block, key: str, *, longest_bytes: int, on_bad: Callable[[BadLine], object]
 ) -> Iterator[Document]:
-    """The documents of a block; `on_bad` hears of the rest, in order."""
+    """The documents that a block holds under a key; `on_bad` hears of the rest, in order."""
     if block.problem is not None:
-        on_bad(BadLine(block.file, 0, "unreadable file", block.problem))
+        if not block.problem_keys or key in block.problem_keys:
+            on_bad(BadLine(block.file, 0, *block.problem))
     elif block.lines is not None:
-        yield from _of_lines(block, key, on_bad)
+        yield from _of_lines(block, key, longest_bytes, on_bad)
     elif block.names:
         yield from map(Document, block.texts, block.names)
     else:
-        for number, text in enumerate(block.texts, start=block.number + 1):
-            bad = _why_no_text(text, key) if not isinstance(text, str) else None
-            if isinstance(text, str) and len(text) > longest_bytes:
-                bad = TOO_LONG, f"is {TOO_LONG} of {longest_bytes} characters; raise --longest-document"
-            if bad:
-                on_bad(BadLine(block.file, number, *bad))
-            else:
+        for number, text in enumerate(block.columns.get(key, ()), start=block.number + 1):
+            if isinstance(text, TooLong) or (isinstance(text, str) and len(text) > longest_bytes):
+                on_bad(_too_long(block, number))
+            elif isinstance(text, str):
                 yield Document(text, f"{block.file}:{number}")
+            else:
+                on_bad(BadLine(block.file, number, *_why_no_text(text, key)))
 
 
-def _of_lines(block: Block, key: str, on_bad: Callable[[BadLine], object]) -> Iterator[Document]:
-    skipped = {line for line, _ in block.bad}
+def _of_lines(block: Block, key: str, longest_bytes: int, on_bad: Callable[[BadLine], object]) -> Iterator[Document]:
+    skipped = set(block.too_long)
     for number, line in enumerate(block.lines.split(b"\n"), start=block.number + 1):
-        if number in skipped or not line.strip():
+        if number in skipped:
             continue
-        found = _text_or_fault(line, key)
-        if isinstance(found, str):
-            yield Document(found, f"{block.file}:{number}")
-        else:
-            on_bad(BadLine(block.file, number, *found))
-    for number, kind in block.bad:
-        on_bad(BadLine(block.file, number, kind, f"is {kind}; raise --longest-document"))
+        if len(line) > longest_bytes:
+            on_bad(_too_long(block, number))
+        elif line.strip():
+            found = _text_or_fault(line, key)
+            if isinstance(found, str):
+                yield Document(found, f"{block.file}:{number}")
+            else:
+                on_bad(BadLine(block.file, number, *found))
+    for number in sorted(skipped):
+        on_bad(_too_long(block, number))
+
+
+def _too_long(block: Block, number: int) -> BadLine:
+    return BadLine(block.file, number, TOO_LONG, f"is {TOO_LONG}; raise --longest-document")
 
 
 def _text_or_fault(line: bytes, key: str) -> str | tuple[str, str]:

@@ -1,10 +1,10 @@
 """Data sets of the `datasets` package, local or of the Hugging Face hub, streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maha_megatron.data.prepare.blocks import BEGINNING, BLOCK_BYTES, Block, Position
+from maha_megatron.data.prepare.blocks import BEGINNING, BLOCK_BYTES, BLOCK_ROWS, Block, Position
 from maha_megatron.errors import DataError
 
 
@@ -45,22 +45,27 @@ class HubSet:
         return builder.info.license or ""
 
 
-def hub_blocks(source: HubSet, key: str, start: Position = BEGINNING) -> Iterator[Block]:
+def hub_blocks(source: HubSet, keys: Sequence[str], start: Position = BEGINNING) -> Iterator[Block]:
     """The rows' texts in blocks, from a position on.
 
     Raises:
-        DataError: As HubSet.rows, or a row lacks the key.
+        DataError: As HubSet.rows, or a row lacks a key.
     """
-    texts: list[Any] = []
+    rows: list[tuple[Any, ...]] = []
     characters, first = 0, start.number
     for number, row in enumerate(source.rows(start.number), start=start.number + 1):
-        texts.append(text_of_row(source, row, key))
-        characters += len(texts[-1]) if isinstance(texts[-1], str) else 0
-        if characters >= BLOCK_BYTES or len(texts) >= 1000:
-            yield Block(source.name, source.name, first, Position(0, 0, number), texts=tuple(texts))
-            texts, characters, first = [], 0, number
-    if texts:
-        yield Block(source.name, source.name, first, Position(0, 0, first + len(texts)), texts=tuple(texts))
+        rows.append(tuple(text_of_row(source, row, key) for key in keys))
+        characters += sum(len(value) for value in rows[-1] if isinstance(value, str))
+        if characters >= BLOCK_BYTES or len(rows) >= BLOCK_ROWS:
+            yield _row_block(source, first, keys, rows)
+            rows, characters, first = [], 0, number
+    if rows:
+        yield _row_block(source, first, keys, rows)
+
+
+def _row_block(source: HubSet, first: int, keys: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Block:
+    columns = dict(zip(keys, zip(*rows, strict=True), strict=True))
+    return Block(source.name, source.name, first, Position(0, 0, first + len(rows)), columns=columns)
 
 
 def text_of_row(source: HubSet, row: dict[str, Any], key: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maha_megatron.data import writing
-from maha_megatron.data.checksums import CHUNK_BYTES, TokenSums, entropy_nats, file_sha256
+from maha_megatron.data.checksums import TokenSums, entropy_nats, file_sha256
 from maha_megatron.data.layout import REBUILD, PairIndex
 from maha_megatron.data.manifest import Manifest, bad_lines_path, write_manifest
 from maha_megatron.data.pair import PairFiles, damaged, read_pair_files
@@ -281,8 +281,9 @@ def _write_documents(
 def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int], object], *, count: bool) -> None:
     """Append a part's tokens; holes are passed over. What was read is then held against the part's checksums."""
     begin, end = part.bytes
-    first_chunk, before = divmod(begin, CHUNK_BYTES)
-    read = TokenSums(0)
+    size = part.files.chunk_bytes
+    first_chunk, before = divmod(begin, size)
+    read = TokenSums(0, size)
     with Path(f"{part.prefix}.bin").open("rb", buffering=0) as source:
         read.add_bytes(os.pread(source.fileno(), before, begin - before))
         while begin < end:
@@ -306,11 +307,11 @@ def _copy(part: _Part, target: BinaryIO, sums: TokenSums, advance: Callable[[int
                 writing.write(target, content)
                 advance(len(content))
                 data += len(content)
-        read.add_bytes(os.pread(source.fileno(), -end % CHUNK_BYTES, end))
+        read.add_bytes(os.pread(source.fileno(), -end % size, end))
     if part.files.checksums is not None:
         written = part.files.checksums[first_chunk : first_chunk + len(read.crc32)]
         for chunk in np.flatnonzero(read.crc32 != written):
-            raise damaged(part.prefix, first_chunk + int(chunk))
+            raise damaged(part.prefix, (first_chunk + int(chunk)) * size, size)
 
 
 def _count(part: _Part, sums: TokenSums, content: bytes) -> None:

@@ -6,16 +6,20 @@ One process that reads serves some hundred that tokenise; partitions are for mor
 import multiprocessing
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maha_megatron.data.manifest import Manifest, read_manifest
-from maha_megatron.data.prepare.blocks import InputFile, divide, read_blocks
-from maha_megatron.data.prepare.encode import NO_TEXT, write_pair
+from maha_megatron.data.prepare.blocks import read_blocks
+from maha_megatron.data.prepare.documents import BadLineError
+from maha_megatron.data.prepare.encode import Output, no_text, progress_of, write_pairs
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.finished import finished_pair
+from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs
 from maha_megatron.data.prepare.spool import Spool
 from maha_megatron.data.prepare.work_folder import remove_leftover
@@ -24,61 +28,84 @@ from maha_megatron.errors import DataError, MahaError
 QUEUE_WAIT_S = 0.2
 
 
+class Stopped(Exception):
+    """What this partition would still do is not wanted any more."""
+
+
 def write_in_partitions(
     files: Sequence[InputFile],
-    prefix: Path,
+    outputs: Sequence[Output],
     *,
     partitions: int,
     settings: EncodingSettings,
     workers: int,
-    arguments: dict[str, Any],
     advance: Callable[[int, int, int], object],
     say: Callable[[str], object],
     revisions: dict[str, tuple[str, str]],
-) -> Manifest:
-    """As encode.write_pair, by several processes that read.
+) -> list[Manifest]:
+    """As encode.write_pairs, by several processes that read.
 
     Args:
         files: The input.
+        outputs: The pairs.
         partitions: How many processes read; fewer where the files cannot be cut so often.
         workers: Tokenising processes, shared among the partitions.
         advance: Called with documents, text bytes and input bytes done so far.
 
     Raises:
-        DataError: As encode.write_pair; what other partitions did stays for the next run.
+        DataError: As encode.write_pairs; what other partitions did stays for the next run.
     """
     parts = divide(files, partitions)
-    names = [prefix.with_name(f"{prefix.name}.partition-{n}-of-{len(parts)}") for n in range(len(parts))]
+    shares = [[_share(output, number, len(parts)) for output in outputs] for number in range(len(parts))]
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    running = {}
-    for number, (part, name) in enumerate(zip(parts, names, strict=True)):
-        share = max(1, workers // len(parts) + (number < workers % len(parts)))
-        part_arguments = {**arguments, "partition": [number, len(parts)]}
-        job = (number, part, name, settings, share, part_arguments, revisions, messages)
+    messages, stops, running = context.Queue(), [context.Event() for _ in parts], {}
+    for number, part in enumerate(parts):
+        own_workers = max(1, workers // len(parts) + (number < workers % len(parts)))
+        job = (number, part, shares[number], settings, own_workers, revisions, messages, stops[number])
         running[number] = context.Process(target=_write_partition, args=job)
         running[number].start()
     try:
-        _watch(running, messages, advance, say)
+        _watch(running, messages, stops, advance, say)
     finally:
         for process in running.values():
             process.terminate()
             process.join()
-    has_text = any(read_manifest(name).tokens for name in names)
-    if has_text:
-        merge_pairs(names, prefix, arguments=arguments, advance=lambda num_bytes: None)
-    remove_leftover(prefix)
-    if not has_text:
-        raise DataError(NO_TEXT)
-    return read_manifest(prefix)
+    return [_merge(output, [share[place].prefix for share in shares]) for place, output in enumerate(outputs)]
+
+
+def _share(output: Output, number: int, parts: int) -> Output:
+    """The pair that a partition writes for the one that is asked for."""
+    prefix = output.prefix.with_name(f"{output.prefix.name}.partition-{number}-of-{parts}")
+    return replace(output, prefix=prefix, arguments={**output.arguments, "partition": [number, parts]})
+
+
+def _merge(output: Output, names: Sequence[Path]) -> Manifest:
+    manifests = [read_manifest(name) for name in names]
+    if not any(manifest.tokens for manifest in manifests):
+        remove_leftover(output.prefix)
+        bad_lines = Counter()
+        for manifest in manifests:
+            bad_lines.update(manifest.bad_lines)
+        raise no_text(output.prefix, bad_lines)
+    manifest = merge_pairs(names, output.prefix, arguments=output.arguments, advance=lambda num_bytes: None)
+    remove_leftover(output.prefix)
+    return manifest
 
 
 def _watch(
-    running: dict[int, Any], messages: Any, advance: Callable[[int, int, int], object], say: Callable[[str], object]
+    running: dict[int, Any],
+    messages: Any,
+    stops: Sequence[Any],
+    advance: Callable[[int, int, int], object],
+    say: Callable[[str], object],
 ) -> None:
-    """Wait for all partitions."""
+    """Wait for all partitions; after a bad line stop those behind it, since only lines before it can come first.
+
+    Raises:
+        DataError: A partition failed; of several bad lines the first of the input is told.
+    """
     done: dict[int, tuple[int, int, int]] = {}
-    left = set(running)
+    left, bad_line = set(running), ""
     while left:
         try:
             number, kind, content = messages.get(timeout=QUEUE_WAIT_S)
@@ -92,50 +119,65 @@ def _watch(
             continue
         if kind == "error":
             raise DataError(content)
-        if kind == "say":
+        if kind == "bad line" and number in left:
+            bad_line = content
+            for later in [later for later in left if later >= number]:
+                stops[later].set()
+                left.remove(later)
+        elif kind == "say":
             say(content)
         elif kind == "progress":
             done[number] = content
             advance(*map(sum, zip(*done.values(), strict=True)))
-        else:
+        elif kind == "done":
             left.discard(number)
+    if bad_line:
+        raise DataError(bad_line)
 
 
 def _write_partition(
     number: int,
     files: Sequence[InputFile],
-    prefix: Path,
+    outputs: Sequence[Output],
     settings: EncodingSettings,
     workers: int,
-    arguments: dict[str, Any],
     revisions: dict[str, tuple[str, str]],
     messages: Any,
+    stop: Any,
 ) -> None:
-    """What the process of a partition runs; it tells of everything by messages."""
+    """What the process of a partition runs; it tells of everything by messages, and ends when it is told to stop."""
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     def tell(kind: str, content: Any = None) -> None:
         messages.put((number, kind, content))
 
-    def advance(spool: Spool) -> None:
-        tell("progress", (spool.documents, spool.text_bytes, spool.read_bytes))
+    def advance(spools: Sequence[Spool]) -> None:
+        if stop.is_set():
+            raise Stopped
+        tell("progress", progress_of(spools))
 
     try:
-        manifest = finished_pair(prefix, arguments, advance=lambda num_bytes: None, say=lambda text: tell("say", text))
-        if manifest is None:
-            manifest = write_pair(
-                partial(read_blocks, files, settings.key, longest_bytes=settings.longest_bytes),
-                prefix,
+        written = partial(finished_pair, advance=lambda num_bytes: None, say=lambda text: tell("say", text))
+        left = [output for output in outputs if written(output.prefix, output.arguments) is None]
+        if left:
+            write_pairs(
+                partial(read_blocks, files, [output.key for output in left], longest_bytes=settings.longest_bytes),
+                left,
                 settings=settings,
                 workers=workers,
-                arguments=arguments,
                 advance=advance,
                 say=lambda text: tell("say", text),
                 revisions=revisions,
                 allow_empty=True,
             )
-        tell("progress", (manifest.documents, manifest.text_bytes, sum(map(_part_bytes, files))))
+        manifests = [read_manifest(output.prefix) for output in outputs]
+        documents, text_bytes = sum(m.documents for m in manifests), sum(m.text_bytes for m in manifests)
+        tell("progress", (documents, text_bytes, sum(map(_part_bytes, files))))
         tell("done")
+    except Stopped:
+        pass
+    except BadLineError as error:
+        tell("bad line", str(error))
     except MahaError as error:
         tell("error", str(error))
 

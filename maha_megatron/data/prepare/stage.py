@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.writing import write_whole
-from maha_megatron.errors import DataError, MahaError
+from maha_megatron.errors import MahaError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED_BY_USER = 130
@@ -42,22 +43,22 @@ def write_record(record: Path, arguments: dict[str, Any], results: dict[str, Any
     write_whole(record, (json.dumps({"arguments": arguments, **results}, indent=1) + "\n").encode())
 
 
-def input_identity(paths: Sequence[str]) -> list[list[Any]]:
+def input_identity(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> list[list[Any]]:
     """Names, sizes and times of the files behind input paths: what tells one input from another without reading it.
 
     Raises:
-        DataError: A path does not exist.
+        DataError: As list_inputs, whose files these are.
     """
     identity = []
-    for name in paths:
-        path = Path(name)
-        if not path.exists():
-            raise DataError(f"input {name} does not exist")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            status = file.stat()
-            identity.append([str(file), status.st_size, status.st_mtime_ns])
+    for file in list_inputs(paths, suffixes):
+        status = file.path.stat()
+        identity.append([str(file.path), status.st_size, status.st_mtime_ns])
     return identity
+
+
+def dataset_identity(name: str, *more: str | None) -> list[Any]:
+    """What tells one data set of the `datasets` package from another: its names, and the files of a local folder."""
+    return [name, *more, *([input_identity([name])] if Path(name).exists() else [])]
 
 
 def parse_bytes(text: str) -> int:

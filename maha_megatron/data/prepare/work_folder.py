@@ -5,8 +5,8 @@ however the making of the new one ends, and goes when the new one is there.
 """
 
 import fcntl
-import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,13 +106,14 @@ def new_pair(prefix: Path) -> Iterator[Path]:
 
 
 def remove_leftover(prefix: Path) -> None:
-    """Remove what a run left that was killed after its last step; only where the pair is finished."""
-    shutil.rmtree(_folder(prefix), ignore_errors=True)
-    for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.partition-*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    """Remove what killed runs left of a pair, those with another number of partitions too; only once it is finished."""
+    leftover = re.compile(rf"{re.escape(prefix.name)}(\.partition-\d+-of-\d+\..+|\.partial)")
+    for path in prefix.parent.iterdir():
+        if leftover.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _folder(prefix: Path) -> Path:

@@ -1,11 +1,12 @@
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from maha_megatron.data.checksums import read_checksums
+from maha_megatron.data.checksums import file_sha256, read_checksums
 from maha_megatron.data.manifest import manifest_path, read_manifest
 from maha_megatron.data.pair import open_pair
 from maha_megatron.data.prepare.pairs import merge_pairs, split_pair
@@ -166,6 +167,21 @@ def test_only_what_is_read_is_checked_and_every_read_is(described: str) -> None:
         pair.document(last)
     with pytest.raises(DataError, match="is damaged between"):
         pair.check_all()
+
+
+def test_checksums_of_the_first_kind_are_by_64_kib(described: str) -> None:
+    manifest, content = read_manifest(described), Path(f"{described}.bin").read_bytes()
+    _, counts, size = read_checksums(described, manifest.checksums_sha256)
+    assert size == 1 << 14
+    chunks = [content[at : at + (1 << 16)] for at in range(0, len(content), 1 << 16)]
+    np.savez(f"{described}.checksums.npz", crc32=np.uint32([zlib.crc32(chunk) for chunk in chunks]), counts=counts)
+    tree = json.loads(manifest_path(described).read_text())
+    tree["checksums_sha256"] = file_sha256(Path(f"{described}.checksums.npz"))
+    manifest_path(described).write_text(json.dumps(tree))
+    open_pair(described).check_all()
+    edit(f"{described}.bin", lambda content: content[:70_000] + b"~~" + content[70_002:])
+    with pytest.raises(DataError, match="is damaged between byte 65536 and 131072"):
+        open_pair(described).check_all()
 
 
 def test_files_of_two_makings_are_refused(described: str, tmp_path: Path) -> None:

@@ -53,6 +53,36 @@ def test_every_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= token < tokenizer.vocabulary for token in ids)
 
 
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_the_mark_of_a_space_is_kept_where_a_model_begins_texts_with_one(
+    texts: list[str], tmp_path: Path, rule: str
+) -> None:
+    """As Llama's does. A model that changes texts anyway gives the package's own ids."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[0].splitlines()),
+        model_writer=model,
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    path = tmp_path / "dummy.model"
+    path.write_bytes(model.getvalue())
+    tokenizer, package = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for text in ("a\u2581b", "\u2581", "\u2581\u2581x \u2581", " \u2581 def f(x):", "x\ufdd0\u2581", "\ufb01 \u2581"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.encode_batch([text])[0].tolist() == ids
+        if rule == "identity" and "\ufdd0" not in text:
+            assert tokenizer.decode(ids) == text
+            assert package.decode(package.encode(text)) != text  # what it mends
+        elif "\ufb01" in text or "\ufdd0" in text:
+            assert ids == package.encode(text)
+    assert tokenizer.encode("def f(x):") == package.encode("def f(x):")
+
+
 def test_the_trained_vocabulary_suits_code(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.vocabulary == 600
     for one_piece in ("        ", ":\n", "\t\t\t"):
@@ -178,6 +208,25 @@ def test_no_special_token_comes_from_text_even_where_the_model_knows_its_spellin
         assert len(ids) == len(text)
         assert tokenizer.encode_batch([text, "abc"])[0].tolist() == ids
         assert 1 in tokenizer._backend.encode(text).ids  # what it guards against
+
+
+@pytest.mark.parametrize("text", ["a\uff1c/s\uff1eb", "\uff1c\uff0fs\uff1e</s>", "</\uff53>" * 3, "a\u2603b", "\u2603"])
+def test_no_special_token_comes_from_what_a_normalizer_makes_of_text(tmp_path: Path, text: str) -> None:
+    """NFKC turns full-width characters into the spelling of </s>; a replacement, one character into all of it."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, normalizers
+
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((character, -5.0) for character in "ab</s>")]
+    fast = Fast(models.Unigram(pieces, unk_id=0))
+    fast.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\u2603", "</s>")])
+    fast.add_special_tokens(["</s>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert 1 in tokenizer._backend.encode(text).ids  # what it guards against
+    ids = tokenizer.encode(text)
+    assert 1 not in ids
+    assert len(ids) == len(text.replace("\u2603", ""))
+    assert tokenizer.encode_batch(["b", text])[1].tolist() == ids
 
 
 def test_a_vocabulary_with_merges_is_a_tokenizer(texts: list[str], tmp_path: Path) -> None:

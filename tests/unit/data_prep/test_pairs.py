@@ -3,20 +3,26 @@
 import gzip
 import json
 import math
+import queue
+import threading
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from maha_megatron.data.indexed import DType
 from maha_megatron.data.manifest import bad_lines_path, read_manifest
 from maha_megatron.data.pair import open_pair
-from maha_megatron.data.prepare import encode, encoding
-from maha_megatron.data.prepare.blocks import list_inputs, read_blocks
+from maha_megatron.data.prepare import encode, partitions
+from maha_megatron.data.prepare.blocks import read_blocks
 from maha_megatron.data.prepare.digest import TextDigest, digest_of, parse_digest
+from maha_megatron.data.prepare.encode import Output
 from maha_megatron.data.prepare.index_file import token_code
+from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.prepare.partitions import write_in_partitions
 from maha_megatron.data.tokenizer import load_tokenizer
 from maha_megatron.errors import DataError
@@ -80,13 +86,12 @@ def test_workers_and_partitions_change_no_byte(tmp_path: Path, tokenizers: dict,
     if partitions == 1:
         found = write_inputs(inputs, tmp_path / "many", settings, workers=workers)
     else:
-        found = write_in_partitions(
+        (found,) = write_in_partitions(
             list_inputs(list(map(str, inputs))),
-            tmp_path / "many",
+            [Output("text", tmp_path / "many", {"append_eod": True})],
             partitions=partitions,
             settings=settings,
             workers=workers,
-            arguments={"append_eod": True},
             advance=lambda documents, text_bytes, read_bytes: None,
             say=lambda text: None,
             revisions={},
@@ -107,13 +112,12 @@ def test_fifty_thousand_odd_documents_are_byte_for_byte_megatrons(
     texts, bad = odd_corpus(tmp_path / "odd.jsonl", 50_000)
     assert max(map(len, texts)) == 1_000_000
     megatron_pair(tmp_path / "megatron", texts, *tokenizer)
-    found = write_in_partitions(
+    (found,) = write_in_partitions(
         list_inputs([str(tmp_path / "odd.jsonl")]),
-        tmp_path / "ours",
+        [Output("text", tmp_path / "ours", {"append_eod": True})],
         partitions=partitions,
         settings=settings_for(*tokenizer),
         workers=workers,
-        arguments={"append_eod": True},
         advance=lambda documents, text_bytes, read_bytes: None,
         say=lambda text: None,
         revisions={},
@@ -177,6 +181,41 @@ def test_strict_stops_at_the_first_bad_line_with_its_place(
     assert not Path(f"{tmp_path}/s.bin").exists()
 
 
+def test_strict_partitions_tell_the_first_bad_line_of_the_input(tmp_path: Path, tokenizers: dict) -> None:
+    path, good = tmp_path / "a.jsonl", b'{"text": "some text of a line that is none"}\n'
+    path.write_bytes(good * 400 + b"no json\n" * 2 + good * 200 + b"no json\n" + good * 300)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 401 is no JSON"):
+        write_in_partitions(
+            list_inputs([str(path)]),
+            [Output("text", tmp_path / "p", {"append_eod": True})],
+            partitions=2,
+            settings=settings_for(*tokenizers["SentencePiece"], strict=True),
+            workers=2,
+            advance=lambda documents, text_bytes, read_bytes: None,
+            say=lambda text: None,
+            revisions={},
+        )
+    assert not Path(f"{tmp_path}/p.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "stopped"),
+    [
+        ([(2, "bad line", "third"), (0, "done", None), (1, "bad line", "second")], "second", [False, True, True]),
+        ([(1, "bad line", "second"), (2, "bad line", "third"), (0, "done", None)], "second", [False, True, True]),
+        ([(2, "bad line", "third"), (1, "done", None), (0, "done", None)], "third", [False, False, True]),
+    ],
+)
+def test_whatever_partition_is_first_the_first_bad_line_is_told(told: list, expected: str, stopped: list) -> None:
+    messages, stops = queue.Queue(), [threading.Event() for _ in range(3)]
+    for message in told:
+        messages.put(message)
+    with pytest.raises(DataError, match=expected):
+        partitions._watch(dict.fromkeys(range(3)), messages, stops, advance=None, say=None)
+    assert [stop.is_set() for stop in stops] == stopped
+    assert messages.empty()
+
+
 def test_a_line_beyond_the_limit_is_counted_and_memory_stays_bounded(tmp_path: Path, tokenizers: dict) -> None:
     path = tmp_path / "a.jsonl"
     long = json.dumps({"text": "x" * 3_000_000}).encode()
@@ -203,6 +242,59 @@ def test_an_unreadable_file_among_many_is_counted_or_refused(tmp_path: Path, tok
         write_inputs([tmp_path], tmp_path.parent / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
 
 
+def test_a_folders_files_that_are_no_utf8_are_counted_or_refused(tmp_path: Path, tokenizers: dict) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    (inputs / "a.txt").write_text("a text")
+    (inputs / "b.txt").write_bytes("na\u00efve".encode("latin-1"))
+    (inputs / "c.txt").write_bytes("text".encode("utf-16"))
+    manifest = write_inputs([inputs], tmp_path / "p", settings_for(*tokenizers["SentencePiece"]))
+    assert (manifest.documents, manifest.bad_lines) == (1, {"no UTF-8 text": 2})
+    listed = [json.loads(line)["file"] for line in bad_lines_path(tmp_path / "p").read_text().splitlines()]
+    assert listed == [str(inputs / "b.txt"), str(inputs / "c.txt")]
+    with pytest.raises(DataError, match=r"b\.txt is no UTF-8 text"):
+        write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
+
+
+def test_a_long_text_is_whole_or_told_of(tmp_path: Path, tokenizers: dict) -> None:
+    (tmp_path / "a.txt").write_text("one line of it\n" * 10_000)
+    tokenizer = tokenizers["SentencePiece"]
+    manifest = write_inputs([tmp_path / "a.txt"], tmp_path / "p", settings_for(*tokenizer))
+    assert (manifest.documents, manifest.bad_lines) == (1, {})
+    limited = {"longest_bytes": 100_000}
+    manifest = write_inputs([tmp_path / "a.txt"], tmp_path / "p", settings_for(*tokenizer, **limited))
+    assert (manifest.documents, manifest.bad_lines) == (2, {"text cut into several": 1})
+    with pytest.raises(DataError, match=r"a\.txt is longer than 100000 bytes and became 2 documents"):
+        write_inputs([tmp_path / "a.txt"], tmp_path / "q", settings_for(*tokenizer, strict=True, **limited))
+
+
+def test_a_parquet_file_without_the_column_is_a_counted_bad_file(tmp_path: Path, tokenizers: dict) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for name, column in (("a", "text"), ("b", "body"), ("c", "text")):
+        pyarrow.parquet.write_table(pyarrow.table({column: ["a text"]}), inputs / f"{name}.parquet")
+    manifest = write_inputs([inputs], tmp_path / "p", settings_for(*tokenizers["SentencePiece"]))
+    assert (manifest.documents, manifest.bad_lines) == (2, {"missing column": 1})
+    with pytest.raises(DataError, match=r"b\.parquet has no column 'text' \(it has: body\)"):
+        write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
+
+
+def test_tables_and_json_trees_are_counted_bad_files(tmp_path: Path, tokenizers: dict) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    (inputs / "b.csv").write_text("text\nno document\n")
+    (inputs / "c.json").write_text('[\n{"text": "no line"}\n]\n')
+    settings = settings_for(*tokenizers["SentencePiece"])
+    with pytest.raises(DataError, match=r"no text: .*left out: 2 unsupported kind; --strict stops at the first"):
+        write_inputs([inputs], tmp_path / "p", settings)
+    (inputs / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    manifest = write_inputs([inputs], tmp_path / "p", settings)
+    assert (manifest.documents, manifest.bad_lines) == (2, {"unsupported kind": 2})
+    assert "c.json holds no JSON lines" in bad_lines_path(tmp_path / "p").read_text()
+    with pytest.raises(DataError, match=r"b\.csv ends in"):
+        write_inputs([inputs], tmp_path / "q", settings_for(*tokenizers["SentencePiece"], strict=True))
+
+
 def test_a_failed_run_leaves_no_pair_and_an_old_one_as_it_was(tmp_path: Path, tokenizers: dict) -> None:
     settings = settings_for(*tokenizers["SentencePiece"], strict=True)
     empty, good, broken = (tmp_path / name for name in ("empty.jsonl", "good.jsonl", "broken.jsonl"))
@@ -220,11 +312,10 @@ def test_a_failed_run_leaves_no_pair_and_an_old_one_as_it_was(tmp_path: Path, to
     with pytest.raises(DataError, match="holds no text"):
         write_in_partitions(
             list_inputs([str(empty)]),
-            tmp_path / "p",
+            [Output("text", tmp_path / "p", {"append_eod": True})],
             partitions=1,
             settings=settings,
             workers=1,
-            arguments={"append_eod": True},
             advance=lambda documents, text_bytes, read_bytes: None,
             say=lambda text: None,
             revisions={},
@@ -237,38 +328,40 @@ def files_of(prefix: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}.*") if path.is_file()}
 
 
+@pytest.mark.parametrize("long", [False, True])
 def test_what_waits_does_not_grow_with_the_input(
-    tmp_path: Path, tokenizers: dict, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizers: dict, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
+    """Where blocks are longer than they are meant to be, one waits beside those that are worked on."""
     monkeypatch.setattr("maha_megatron.data.prepare.blocks.BLOCK_BYTES", 1)
+    monkeypatch.setattr(encode, "BLOCK_BYTES", 1 if long else 1 << 20)
     (tmp_path / "a.jsonl").write_text('{"text": "one document"}\n' * 200)
     settings, read, ahead, written = settings_for(*tokenizers["SentencePiece"]), 0, 0, 0
     files = list_inputs([str(tmp_path / "a.jsonl")])
 
     def blocks(start):
         nonlocal read, ahead
-        read = 0
-        for block in read_blocks(files, "text", start):
+        read = ahead = 0
+        for block in read_blocks(files, ["text"], start):
             read += 1
             ahead = max(ahead, read - written)
             yield block
 
-    def advance(spool) -> None:
+    def advance(spools) -> None:
         nonlocal written
-        written = spool.documents
+        written = spools[0].documents
 
-    encode.write_pair(
+    encode.write_pairs(
         blocks,
-        tmp_path / "p",
+        [Output("text", tmp_path / "p", {"append_eod": True})],
         settings=settings,
         workers=2,
-        arguments={"append_eod": True},
         advance=advance,
         say=lambda text: None,
         revisions={},
     )
     assert written == 200
-    assert encoding.PROVED_BLOCKS < ahead <= 2 * encode.WAITING_BLOCKS_PER_WORKER + 1
+    assert ahead == (3 if long else 2 * encode.WAITING_BLOCKS_PER_WORKER)
 
 
 def test_a_fast_way_that_gives_other_ids_is_not_taken(

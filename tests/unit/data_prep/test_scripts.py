@@ -1,6 +1,7 @@
 """The three command lines, run as a user runs them."""
 
 import hashlib
+import io
 import json
 import runpy
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
 
 from maha_megatron.data.manifest import read_manifest
+from maha_megatron.data.pair import open_pair
 from tests.support.corpora import byte_level_bpe, odd_corpus, plain_text, sentencepiece_model
 
 SCRIPTS = Path(__file__).parents[3] / "data_prep"
@@ -107,6 +110,9 @@ def test_a_data_set_is_streamed(run, tmp_path: Path) -> None:
     code, _, err = run(*arguments)
     assert code == 2
     assert "has the fields body: name one by --json-keys" in err
+    (tmp_path / "set" / "train.jsonl").write_text('{"body": "one"}\n{"body": "three"}\n')
+    code, out, err = run(*arguments, "--json-keys", "body")
+    assert (code, "done already" in out) == (0, False), err
     code, _, err = run("make_corpus.py", "--dataset", tmp_path / "none", "--output", tmp_path / "c.jsonl")
     assert code == 2
     assert "cannot be streamed" in err
@@ -200,6 +206,12 @@ def test_errors_are_one_line_and_code_2(run, tmp_path: Path) -> None:
             ),
             "is no SentencePiece model",
         ),
+        (("make_corpus.py", "--input", tmp_path, "--output", tmp_path / "c.jsonl"), "lies in the input"),
+        (("train_tokenizer.py", "--input", tmp_path, "--output", tmp_path / "t.model"), "lies in the input"),
+        (
+            ("preprocess.py", "--input", tmp_path, "--output-prefix", tmp_path / "p", "--tokenizer-model", "t.model"),
+            "lies in the input",
+        ),
     ]:
         code, _, err = run(*arguments)
         assert code == 2
@@ -222,6 +234,34 @@ def test_the_tokenizer_type_must_be_what_is_there(run, tmp_path: Path) -> None:
     )
     assert code == 2
     assert "is a SentencePieceTokenizer, not a HuggingFaceTokenizer" in err
+
+
+def test_the_llama_type_begins_documents_as_megatrons_does(run, tmp_path: Path) -> None:
+    """tools/preprocess_data.py appends the end to what tokenize() gives, and that begins with <s>, also for no text."""
+    model, texts = io.BytesIO(), [plain_text(30, 0), "", plain_text(5, 1)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(plain_text(2000, 2).splitlines()), model_writer=model, vocab_size=50, minloglevel=2
+    )
+    (tmp_path / "llama.model").write_bytes(model.getvalue())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ("preprocess.py", "--input", tmp_path / "a.jsonl", "--tokenizer-model", tmp_path / "llama.model")
+    package = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for name, kind in (
+        ("plain", "GPTSentencePieceTokenizer"),
+        ("llama", "Llama2Tokenizer"),
+        ("plain", "Llama2Tokenizer"),
+    ):
+        code, _, err = run(*arguments, "--output-prefix", tmp_path / name, "--tokenizer-type", kind)
+        assert code == 0, err
+        begin = [package.bos_id()] if kind == "Llama2Tokenizer" else []
+        expected = [begin + package.encode(text) for text in texts]
+        pair = open_pair(tmp_path / f"{name}_text_document")
+        found = [pair.document(number).tolist() for number in range(pair.documents)]
+        assert found == [[*ids, package.eos_id()] if ids else [] for ids in expected]
+    arguments = ("preprocess.py", "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "r")
+    own = sentencepiece_model(tmp_path / "small.model")
+    code, _, err = run(*arguments, "--tokenizer-model", own, "--tokenizer-type", "Llama2Tokenizer")
+    assert (code, "has no <s> to begin documents with" in err) == (2, True)
 
 
 def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tmp_path: Path) -> None:
@@ -251,11 +291,27 @@ def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tm
         ("", ""),
     ]
     assert manifests["rows"].bad_lines == {"wrong type": 1}
-    assert "1 lines or files gave no document (1 wrong type)" in out
+    assert "1 lines or files were left out or cut (1 wrong type)" in out
     rows = ("preprocess.py", "--input", tmp_path / "rows.parquet", "--output-prefix", tmp_path / "strict")
     code, _, err = run(*rows, *tokenizer, "--strict")
     assert code == 2
     assert "rows.parquet, line 6 field 'text' is no text but NoneType" in err
+
+
+def test_what_a_run_with_other_partitions_left_is_removed(run, tmp_path: Path) -> None:
+    model = sentencepiece_model(tmp_path / "small.model")
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    arguments = ("--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "a", "--tokenizer-model", model)
+    left = ["a_text_document.partition-1-of-3.bin", "a_text_document.partition-0-of-3.manifest.json"]
+    kept = ["a_text_document2.partition-1-of-3.bin", "a_text_document.partition-notes"]
+    for _ in ("a run", "done already"):
+        for name in (*left, *kept):
+            (tmp_path / name).write_text("x")
+        for folder in ("a_text_document.partition-2-of-3.partial", "a_text_document.partial"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        assert run("preprocess.py", *arguments)[0] == 0
+        found = {path.name for path in tmp_path.iterdir() if "parti" in path.name}
+        assert found == set(kept)
 
 
 def test_pairs_are_merged_split_and_inspected_by_command(run, tmp_path: Path) -> None:

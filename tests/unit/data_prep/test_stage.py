@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from maha_megatron.data.prepare.inputs import list_inputs, refuse_output_in_input
 from maha_megatron.data.prepare.stage import (
+    dataset_identity,
     finished_record,
     input_identity,
     parse_bytes,
@@ -37,6 +39,34 @@ def test_a_changed_input_has_another_identity(tmp_path: Path) -> None:
     assert input_identity([str(tmp_path)]) != before
     with pytest.raises(DataError, match=r"input .*missing does not exist"):
         input_identity([str(tmp_path / "missing")])
+
+
+def test_a_changed_local_data_set_has_another_identity(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    before = dataset_identity(str(tmp_path), None, "train")
+    assert dataset_identity(str(tmp_path), None, "train") == before
+    (tmp_path / "train.jsonl").write_text('{"text": "another"}\n')
+    assert dataset_identity(str(tmp_path), None, "train") != before
+    assert dataset_identity("of/the_hub", None, "train") == ["of/the_hub", None, "train"]
+
+
+def test_what_is_read_is_what_decides_whether_it_is_done(tmp_path: Path) -> None:
+    """Hidden files and other endings are neither read nor part of the identity."""
+    for name in ("a.txt", "b.c", ".cache/c.txt", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for suffixes in (None, [".c"]):
+        listed = [str(file.path) for file in list_inputs([str(tmp_path)], suffixes)]
+        assert [name for name, _, _ in input_identity([str(tmp_path)], suffixes)] == listed
+    assert listed == [str(tmp_path / "b.c")]
+
+
+def test_an_output_among_the_inputs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for output in ("texts/p", "texts/sub/p", "elsewhere/../texts/p", "texts"):
+        with pytest.raises(DataError, match=r"lies in the input .*texts and would be read by the next run"):
+            refuse_output_in_input(tmp_path / output, [str(tmp_path / "texts")])
+    refuse_output_in_input(tmp_path / "texts2", [str(tmp_path / "texts"), "a/hub/name"])
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""The files behind input paths: the one listing that both reading and "done already" go by. Standard library only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from maha_megatron.errors import DataError
+
+JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".zst")
+UNSUPPORTED = (".csv", ".tsv", ".arrow", ".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".lz4")
+"""Endings of tables and archives that hold text which is not read."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read, or the lines of it that begin in [start, stop)."""
+
+    path: Path
+    argument: str
+    """The input path that it was found under."""
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def compression(self) -> str:
+        """ ".gz", ".zst" or nothing."""
+        ending = self.path.suffix.lower()
+        return ending if ending in COMPRESSED else ""
+
+    @property
+    def kind(self) -> str:
+        """The ending that decides how it is read, in small letters, that of its compression left out."""
+        return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
+
+
+def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
+    """The files behind input paths, in the order in which they are read.
+
+    Args:
+        paths: Files, which are always taken, or folders, whose files are sorted; hidden files and folders in them are
+            left out.
+        suffixes: In folders, only files with one of these endings; None: all.
+
+    Raises:
+        DataError: A path does not exist or a folder has no such file.
+    """
+    return [InputFile(file, name) for name in paths for file in _files(Path(name), suffixes)]
+
+
+def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"input {path} does not exist")
+    if path.is_file():
+        return [path]
+    files = []
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden and (suffixes is None or file.name.endswith(tuple(suffixes))):
+            files.append(file)
+    if not files:
+        raise DataError(f"folder {path} holds no file{f' ending in {suffixes}' if suffixes else ''} to read")
+    return files
+
+
+def refuse_output_in_input(output: Path, paths: Sequence[str]) -> None:
+    """Refuse an output that the next run would read as input.
+
+    Raises:
+        DataError: The output is one of the input paths or lies under one.
+    """
+    for name in paths:
+        if Path(name).exists() and output.resolve().is_relative_to(Path(name).resolve()):
+            raise DataError(
+                f"the output {output} lies in the input {name} and would be read by the next run: write it elsewhere"
+            )
+
+
+def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
+    """Cut the inputs into consecutive parts of about equal size; only uncompressed .jsonl is cut inside a file.
+
+    Parts in which no file begins are left out, so there may be fewer than asked for.
+    """
+    sizes = [file.path.stat().st_size for file in files]
+    borders = [sum(sizes) * part // parts for part in range(1, parts)]
+    divided: list[list[InputFile]] = [[] for _ in range(parts)]
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        inner = [border for border in borders if before < border < before + size]
+        part = sum(border <= before for border in borders)
+        if file.kind not in JSON_LINES or file.compression or not inner:
+            divided[part].append(file)
+        else:
+            cuts = [0, *(border - before for border in inner), None]
+            for number, (start, stop) in enumerate(pairwise(cuts)):
+                divided[part + number].append(replace(file, start=start, stop=stop))
+        before += size
+    return [part for part in divided if part]
