@@ -3,14 +3,16 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from maha_megatron.data.checksums import OLD_CHUNK_BYTES, TokenSums, checksums_path, file_sha256, read_checksums
 from maha_megatron.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from maha_megatron.data.layout import HEADER, MAGIC, read_index
-from maha_megatron.data.manifest import read_manifest
+from maha_megatron.data.manifest import read_manifest, write_manifest
 from maha_megatron.data.order import SourceOrder
 from maha_megatron.data.pair import open_pair
 from maha_megatron.data.prepare import pairs
@@ -81,6 +83,36 @@ def test_a_split_merges_back(tmp_path: Path, model: str) -> None:
     assert pair_bytes(tmp_path / "m") == pair_bytes(tmp_path / "a")
     assert (merged.tokens, merged.unigram_entropy_nats) == (whole.tokens, whole.unigram_entropy_nats)
     assert merged.text_bytes is None  # a split does not know how its documents were spelt
+
+
+def with_old_checksums(prefix: Path) -> Path:
+    """The pair as it was written when checksums were of 64 KiB and did not say so."""
+    manifest, sums = read_manifest(prefix), TokenSums(0, OLD_CHUNK_BYTES)
+    _, counts, _ = read_checksums(prefix, manifest.checksums_sha256)
+    sums.add_bytes(Path(f"{prefix}.bin").read_bytes())
+    np.savez(checksums_path(prefix), crc32=sums.crc32, counts=counts)
+    write_manifest(prefix, replace(manifest, checksums_sha256=file_sha256(checksums_path(prefix))))
+    return prefix
+
+
+def test_checksums_of_older_pairs_are_held_too(tmp_path: Path, model: str) -> None:
+    odd_corpus(tmp_path / "a.jsonl", 300, long_bytes=200_000)
+    whole = write_inputs([tmp_path / "a.jsonl"], tmp_path / "a", settings_for(model))
+    expected, old = pair_bytes(tmp_path / "a"), with_old_checksums(tmp_path / "a")
+    assert whole.tokens * 2 > 2 * OLD_CHUNK_BYTES
+    open_pair(old).check_all()
+    assert merge_pairs([old], tmp_path / "merged", **Quiet).checksums_sha256 == whole.checksums_sha256
+    assert pair_bytes(tmp_path / "merged") == expected
+    split_pair(old, [(tmp_path / "s0", 150), (tmp_path / "s1", 150)], **Quiet)
+    open_pair(tmp_path / "s1").check_all()
+    with Path(f"{old}.bin").open("r+b") as stream:
+        stream.seek(OLD_CHUNK_BYTES + 20_000)
+        stream.write(b"\0\1\2")
+    damaged = f"between byte {OLD_CHUNK_BYTES} and {2 * OLD_CHUNK_BYTES}"
+    with pytest.raises(DataError, match=damaged):
+        open_pair(old).check_all()
+    with pytest.raises(DataError, match=damaged):
+        merge_pairs([old], tmp_path / "again", **Quiet)
 
 
 def test_pairs_that_do_not_belong_together_are_refused(tmp_path: Path, model: str) -> None:
