@@ -69,10 +69,11 @@ class Findings:
     """What was measured; None for what was left out.
 
     Attributes:
-        settings: as they were used: nothing in them is left to a default.
+        settings: as they were used: defaults of what was measured are filled in.
         position: loss by position.
         bits_per_byte: of position's overall loss; None also where no manifest knows the text's bytes.
         needle: by distance.
+        needle_texts: different texts that the needles lie in; where there are fewer than needles, they take turns.
         pairs: by distance.
     """
 
@@ -80,6 +81,7 @@ class Findings:
     position: PositionLoss | None
     bits_per_byte: float | None
     needle: tuple[NeedleRecall, ...] | None
+    needle_texts: int | None
     pairs: tuple[PairRecall, ...] | None
 
     def as_data(self) -> dict[str, Any]:
@@ -112,20 +114,24 @@ def evaluate(trained: Trained, settings: Settings, *, run_folder: Path, tokenize
     if settings.queries:
         settings = dataclasses.replace(settings, pairs=pairs_in_a_row(settings.pairs, rows))
     config = data_config(trained.config, settings, run_folder, tokenizer_path)
-    score, position, needle, pairs = partial(score_rows, trained.model), None, None, None
+    score = partial(score_rows, trained.model)
+    position = needle = needle_texts = pairs = None
     if settings.samples:
         position = _position(score, config, settings)
     if settings.needles or settings.queries:
         text_t = read_text(config, settings)
         haystack = Haystack(text_t=text_t, marker=marker, pieces=ordinary_pieces(text_t, trained.tokenizer))
         pairs = _pairs(score, haystack, settings) if settings.queries else None
-        needle = _needle(score, haystack, settings) if settings.needles else None
+        if settings.needles:
+            needle = _needle(score, haystack, settings)
+            needle_texts = min(settings.needles, haystack.texts(rows))
     described = described_sources(config)
     return Findings(
         settings=settings,
         position=position,
         bits_per_byte=bits_per_byte(described, position.overall.mean) if position and described else None,
         needle=needle,
+        needle_texts=needle_texts,
         pairs=pairs,
     )
 
@@ -166,7 +172,7 @@ def _pairs(score: Scorer, haystack: Haystack, settings: Settings) -> tuple[PairR
 
 def data_config(config: Config, settings: Settings, run_folder: Path, tokenizer_path: str | None) -> Config:
     """The run's configuration with the data, lengths and batches of an evaluation; the model is not built from it."""
-    samples = max(1, settings.batch_tokens // settings.sequence_tokens)
+    samples = max(1, min(settings.samples, settings.batch_tokens // settings.sequence_tokens))
     data = dataclasses.replace(
         config.data, sequence_tokens=settings.sequence_tokens, tokenizer=tokenizer_path or config.data.tokenizer
     )
@@ -208,4 +214,5 @@ def read_text(config: Config, settings: Settings) -> np.ndarray:
 
 def ordinary_pieces(text_t: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Ids, ascending, that occur in the text and are letters only, beside space around them."""
-    return np.array([token for token in np.unique(text_t).tolist() if tokenizer.decode([token]).strip().isalpha()])
+    found = [token for token in np.unique(text_t).tolist() if tokenizer.decode([token]).strip().isalpha()]
+    return np.array(found, dtype=np.int64)

@@ -12,7 +12,7 @@ def findings_text(findings: Findings) -> str:
     if findings.position:
         parts.append(_position_text(findings.position, findings.bits_per_byte))
     if findings.needle:
-        parts.append(_needle_text(findings.needle, findings.settings))
+        parts.append(_needle_text(findings.needle, findings.needle_texts, findings.settings))
     if findings.pairs:
         parts.append(_pairs_text(findings.pairs, findings.settings))
     return "\n\n".join(parts)
@@ -29,7 +29,7 @@ def _position_text(position: PositionLoss, bits_per_byte: float | None) -> str:
     )
 
 
-def _needle_text(needle: tuple[NeedleRecall, ...], settings: Settings) -> str:
+def _needle_text(needle: tuple[NeedleRecall, ...], texts: int, settings: Settings) -> str:
     rows = [
         [row.distance, row.whole_value, row.first_token, row.loss_nats, row.control_nats, row.gain_nats]
         for row in needle
@@ -38,7 +38,7 @@ def _needle_text(needle: tuple[NeedleRecall, ...], settings: Settings) -> str:
     return (
         f"## Needle\n\nA key of {KEY_TOKENS} random tokens with a value of {VALUE_TOKENS}, in "
         f"{settings.sequence_tokens} tokens of text; "
-        f"{settings.needles} needles at each distance. Control: the same without the needle.\n\n"
+        f"{settings.needles} needles in {texts} texts at each distance. Control: the same without the needle.\n\n"
         + markdown_table(header, rows)
     )
 

@@ -77,6 +77,10 @@ class Haystack:
     marker: tuple[int, ...]
     pieces: np.ndarray
 
+    def texts(self, sequence_tokens: int) -> int:
+        """Whole sequences of the text, the token behind each included, which is only predicted."""
+        return len(self.text_t) // (sequence_tokens + 1)
+
 
 def needle_length(marker: Sequence[int]) -> int:
     """Tokens of marker, key and value."""
@@ -141,8 +145,8 @@ def needle_recall(
     Raises:
         DataError: the text is shorter than a sequence, or has too few ordinary tokens.
     """
-    length = sequence_tokens + 1  # the last token is only predicted
-    texts = len(haystack.text_t) // length
+    length = sequence_tokens + 1
+    texts = haystack.texts(sequence_tokens)
     if texts == 0:
         raise DataError(
             f"the validation data has {len(haystack.text_t)} tokens of text, a needle's sequence needs {length}: "

@@ -29,12 +29,12 @@ def test_a_trained_run(trained: Path, tmp_path: Path) -> None:
     output = forked(SCRIPT, "--run", trained, *SHORT)
     first = record(trained / "evaluation" / "step_00000002")
     row = read_rows(trained / METRICS)[-1]
-    assert first["position"]["overall"]["mean"] == pytest.approx(row["validation_loss_nats"], rel=1e-6)
-    assert first["bits_per_byte"] == pytest.approx(row["validation_bits_per_byte"], rel=1e-6)
+    assert first["position"]["overall"]["mean"] == pytest.approx(row["validation_loss_nats"], rel=1e-5)
+    assert first["bits_per_byte"] == pytest.approx(row["validation_bits_per_byte"], rel=1e-5)
     assert f"{row['validation_loss_nats']:.4f} ± " in output
     assert first["settings"]["sequence_tokens"] == 64
     assert [needle["distance"] for needle in first["needle"]] == first["settings"]["distances"]
-    assert first["needle"][0]["whole_value"]["count"] == 3
+    assert (first["needle"][0]["whole_value"]["count"], first["needle_texts"]) == (3, 3)
     assert [pair["last_distance"] for pair in first["pairs"]] == [2, 4, 8, 12]
     assert all(f"{part}: 100%" in output for part in ("loss by position", "needles", "pairs"))
     (written,) = (trained / "evaluation" / "step_00000002").glob("evaluate_*.md")
