@@ -32,10 +32,6 @@ PAIRS = 64
 Advance = Callable[[int], object]
 
 
-def _silent(_tokens: int) -> None:
-    """No progress."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class NeedleRecall:
     """What is recalled at one distance; a group of a mean is one needle."""
@@ -128,7 +124,7 @@ def needle_recall(
     sequence_tokens: int,
     batch_tokens: int,
     seed: int,
-    advance: Advance = _silent,
+    advance: Advance = lambda tokens: None,
 ) -> tuple[NeedleRecall, ...]:
     """Plant needles at every distance and ask for them at the sequence's end.
 
@@ -213,7 +209,7 @@ def pair_recall(
     pairs: int,
     batch_tokens: int,
     seed: int,
-    advance: Advance = _silent,
+    advance: Advance = lambda tokens: None,
 ) -> tuple[PairRecall, ...]:
     """Ask for one of so many pairs, each time others, by the distance of the one asked for.
 
@@ -257,7 +253,11 @@ def pair_recall(
 
 
 def score_answers(
-    score: Scorer, sequences: Iterable[np.ndarray], answer_tokens: int, batch_tokens: int, advance: Advance = _silent
+    score: Scorer,
+    sequences: Iterable[np.ndarray],
+    answer_tokens: int,
+    batch_tokens: int,
+    advance: Advance = lambda tokens: None,
 ) -> RowScores:
     """Score the last tokens of sequences, several in a forward pass, each a document of its own.
 
