@@ -78,12 +78,16 @@ class Gpt(nn.Module):
         Returns:
             fp32 scalar: the SUM of the unmasked rows' losses in nats, the same on every tensor-parallel rank.
         """
+        return self.output(self.hidden(input_ids_t, bounds), labels_t, loss_mask_t)
+
+    def hidden(self, input_ids_t: torch.Tensor, bounds: DocumentBounds) -> torch.Tensor:
+        """What the output layer reads: [t, 1, h], normalised; under sequence parallelism [t / tensor, 1, h]."""
         hidden = self.embedding(input_ids_t[None])
         if not self.sequence_parallel:  # the sequence-parallel embedding has put the rows first already
             hidden = hidden.transpose(0, 1).contiguous()
         for layer in self.layers:
             hidden = self._run_layer(layer, hidden, bounds)
-        return self.output(self.final_norm(hidden), labels_t, loss_mask_t)
+        return self.final_norm(hidden)
 
     def logits(self, input_ids_t: torch.Tensor, bounds: DocumentBounds) -> torch.Tensor:
         """fp32 logits [t, vocabulary], gathered over the tensor axis, padding cut off: for generation and tests."""

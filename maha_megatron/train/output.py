@@ -1,6 +1,5 @@
 """Everything a run writes and prints between its checkpoints. On ranks other than 0 it does nothing."""
 
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from maha_megatron.config.accounting import total_parameters, training_flops_per
 from maha_megatron.config.derive import maha_windows
 from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import SourceShare
-from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.errors import TrainingError
 from maha_megatron.model.solve_totals import SolveCounts
 from maha_megatron.train.engine import Engine, Evaluation, StepResult
@@ -21,6 +19,7 @@ from maha_megatron.train.metrics import METRICS, MetricsLog, Throughput, peak_me
 from maha_megatron.train.record import write_record
 from maha_megatron.train.report import Console, summarise
 from maha_megatron.train.state import RunState
+from maha_megatron.train.validation_text import bits_per_byte, described_sources, weighted_mean
 from maha_megatron.units import format_count, format_duration
 
 
@@ -41,7 +40,7 @@ class RunOutput:
         self._config, self._devices, self._first, self._start = config, devices, rank == 0, state
         self._folder = Path(config.run.folder)
         self._console = Console(config.train.steps, sys.stdout if self._first else None)
-        self._data = _described(config) if self._first else []
+        self._data = described_sources(config) if self._first else []
         peak = peak_tflops(config.train.peak_tflops, config.train.precision)
         self._throughput = Throughput(training_flops_per_token(config), devices, peak)
         self._log = None
@@ -96,8 +95,7 @@ class RunOutput:
         if validation is not None:
             row["validation_loss_nats"] = validation.loss_nats
             if self._data:
-                bytes_per_token = _mean(self._data, "bytes_per_token")
-                row["validation_bits_per_byte"] = validation.loss_nats / math.log(2) / bytes_per_token
+                row["validation_bits_per_byte"] = bits_per_byte(self._data, validation.loss_nats)
             if len(validation.by_source_nats) > 1:
                 row |= {f"validation_loss_nats/{name}": loss for name, loss in validation.by_source_nats.items()}
         if solves is not None:
@@ -137,7 +135,7 @@ class RunOutput:
             facts |= {name: row[name] for name in row if name.partition("/")[0] in _IN_SUMMARY}
         facts["sources"] = [asdict(share) for share in shares]
         if self._data:
-            facts["unigram_entropy_nats"] = _mean(self._data, "unigram_entropy_nats")
+            facts["unigram_entropy_nats"] = weighted_mean(self._data, "unigram_entropy_nats")
         if self._data and "validation_loss_nats" in facts:
             facts["nats_below_unigram_entropy"] = facts["unigram_entropy_nats"] - facts["validation_loss_nats"]
         _writing(lambda: summarise(self._folder, self._config.run.name, self._console, facts))
@@ -195,16 +193,3 @@ def _solve_metrics(solves: SolveCounts) -> dict[str, float]:
     if solves.steps_mean is not None:
         row["solver_steps_mean"] = solves.steps_mean
     return row
-
-
-def _described(config: Config) -> list[tuple[float, Manifest]]:
-    """Weights and manifests of the validation text's sources; empty unless all of them know their text's size."""
-    found = [(source, read_manifest(source.prefix)) for source in config.data.validation or config.data.train]
-    if not all(manifest and manifest.text_bytes is not None for _, manifest in found):
-        return []
-    return [(source.epochs * manifest.tokens or source.weight, manifest) for source, manifest in found]
-
-
-def _mean(data: list[tuple[float, Manifest]], name: str) -> float:
-    """Mean of a number of the manifests, by the sources' weights."""
-    return sum(weight * getattr(manifest, name) for weight, manifest in data) / sum(weight for weight, _ in data)

@@ -74,12 +74,12 @@ def parse_bytes(text: str) -> int:
 
 
 @contextmanager
-def progress_bar(total: int | None, description: str) -> Iterator[Callable[[int], object]]:
-    """A progress bar over bytes; yields what to call with each advance. In a log file it is a few lines."""
+def progress_bar(total: int | None, description: str, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """A progress bar, over bytes by default; yields what to call with each advance. In a log file it is a few lines."""
     from tqdm import tqdm
 
     interval_s = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, unit="B", unit_scale=True, desc=description, mininterval=interval_s) as bar:
+    with tqdm(total=total, unit=unit, unit_scale=True, desc=description, mininterval=interval_s) as bar:
         yield bar.update
         if total is not None:
             bar.update(total - bar.n)

@@ -62,7 +62,7 @@ def test_nothing_left_to_train(done: int, tmp_path: Path, capsys: pytest.Capture
 def test_tokens_are_those_that_were_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch size may have changed on the way; the unigram entropy is compared with the last validation."""
     described = dataclasses.make_dataclass("Described", ["unigram_entropy_nats", "bytes_per_token"])(6.0, 4.0)
-    monkeypatch.setattr(output_module, "_described", lambda _: [(1.0, described)])
+    monkeypatch.setattr(output_module, "described_sources", lambda _: [(1.0, described)])
     settings = config(tmp_path)
     with opened(settings, RunState()) as output:
         (tmp_path / "metrics.jsonl").write_text('{"step": 4, "validation_loss_nats": 4.5}\n')
