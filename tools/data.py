@@ -61,10 +61,12 @@ def index(config: Config, options: argparse.Namespace) -> str:
     """Build the indexes; a table of the sources."""
     train, validation = (_loader(config, split) for split in ("train", "validation"))
     planned = config.train.steps * config.train.global_batch_samples
+    validated, asked = validation.validation_samples(), config.train.validation_samples
     report = {
         "built": train.build_indexes(0, planned) + validation.build_indexes(0, 0),
         "train": train.describe_sources(planned),
-        "validation": validation.describe_sources(config.train.validation_samples),
+        "validation": validation.describe_sources(validated),
+        "validation_samples": validated,
     }
     if options.json:
         return json.dumps(report, indent=2)
@@ -74,6 +76,10 @@ def index(config: Config, options: argparse.Namespace) -> str:
     for split in ("train", "validation"):
         lines.append(f"{split}: source, documents, tokens, samples an epoch; asked, drawn, epochs; cuts, padding")
         lines += [f"  {_source_line(source)}" for source in report[split]]
+    if validated < asked:
+        lines.append(
+            f"validation reads {validated} of the {asked} samples asked for: with more, a source would repeat some"
+        )
     return "\n".join(lines)
 
 

@@ -217,7 +217,7 @@ class Loader:
         twice. Every rank yields equally many micro-batches: what is missing at the end of a source is filled with
         samples whose loss is masked.
         """
-        taken = self._mixture.taken(self._samples_without_repeat(self._validation_samples))
+        taken = self._mixture.taken(self.validation_samples())
         for source, (name, samples) in enumerate(zip(self._sources.names, taken, strict=True)):
             for first in range(0, samples, self._micro * self._size):
                 own = first + self._rank * self._micro
@@ -225,14 +225,16 @@ class Loader:
                 places = [(source, min(index, samples - 1)) for index in range(own, own + self._micro)]
                 yield name, self._micro_batch(places, counted)
 
-    def _samples_without_repeat(self, limit: int) -> int:
-        """Most samples, at most `limit`, that take no source beyond its first epoch."""
+    def validation_samples(self) -> int:
+        """How many samples validation reads: train.validation_samples, or fewer, so that no source repeats one."""
 
         def repeats(samples: int) -> bool:
             taken = self._mixture.taken(samples)
             return any(count > order.samples_per_epoch for count, order in zip(taken, self._orders, strict=True))
 
-        return bisect_left(range(1, limit + 1), True, key=repeats)  # counts only grow with the samples
+        return bisect_left(
+            range(1, self._validation_samples + 1), True, key=repeats
+        )  # counts only grow with the samples
 
     def _micro_batch(self, places: Sequence[tuple[int, int]], counted_samples: int | None = None) -> MicroBatch:
         samples = []

@@ -5,12 +5,14 @@ of this module, so that a test can fill the disk in one place.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from maha_megatron.errors import DataError
+
+COPIED_AT_ONCE = 1 << 22
 
 
 def write(stream: BinaryIO, content: bytes | memoryview) -> None:
@@ -55,6 +57,20 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with whole_file(path) as partial, partial.open("wb") as stream:
         write(stream, content)
+        settle(stream)
+
+
+def join_files(parts: Sequence[Path], path: Path) -> None:
+    """Make `path` a file of the contents of others, one after the other, in constant memory.
+
+    Raises:
+        DataError: As whole_file.
+    """
+    with whole_file(path) as partial, partial.open("wb") as stream:
+        for part in parts:
+            with part.open("rb") as source:
+                while content := source.read(COPIED_AT_ONCE):
+                    write(stream, content)
         settle(stream)
 
 

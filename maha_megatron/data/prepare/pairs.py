@@ -23,10 +23,8 @@ from maha_megatron.data.pair import PairFiles, damaged, read_pair_files
 from maha_megatron.data.prepare.digest import TextDigest, parse_digest
 from maha_megatron.data.prepare.index_file import in_chunks, write_index
 from maha_megatron.data.prepare.work_folder import new_pair
-from maha_megatron.data.writing import settle, whole_file
+from maha_megatron.data.writing import COPIED_AT_ONCE, join_files, settle
 from maha_megatron.errors import DataError
-
-COPIED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,10 @@ def merge_pairs(
             return None
         if counted:
             sums.counts = sum(part.files.counts for part in parts)
-        return _describe(pair, sums, _merged(manifests, arguments))
+        return _describe(pair, sums, merged_manifest(manifests, arguments))
 
 
-def _merged(manifests: Sequence[Manifest], arguments: dict[str, Any]) -> Manifest:
+def merged_manifest(manifests: Sequence[Manifest], arguments: dict[str, Any]) -> Manifest:
     """What is known of pairs together, before the files of the new one are."""
     text_bytes = [manifest.text_bytes for manifest in manifests]
     return replace(
@@ -237,9 +235,7 @@ def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
 def _join_bad_lines(prefixes: Sequence[Path], output: Path) -> None:
     found = [path for path in map(bad_lines_path, prefixes) if path.is_file()]
     if found:
-        with whole_file(bad_lines_path(output)) as joined, joined.open("wb") as stream:
-            for path in found:
-                writing.write(stream, path.read_bytes())
+        join_files(found, bad_lines_path(output))
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -6,7 +6,6 @@ One process that reads serves some hundred that tokenise; partitions are for mor
 import multiprocessing
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,9 +19,9 @@ from maha_megatron.data.prepare.encode import Output, no_text, progress_of, writ
 from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
 from maha_megatron.data.prepare.finished import finished_pair
 from maha_megatron.data.prepare.inputs import InputFile, divide
-from maha_megatron.data.prepare.pairs import merge_pairs
+from maha_megatron.data.prepare.pairs import merge_pairs, merged_manifest
 from maha_megatron.data.prepare.spool import Spool
-from maha_megatron.data.prepare.work_folder import remove_leftover
+from maha_megatron.data.prepare.work_folder import WorkFolder, remove_leftover
 from maha_megatron.errors import DataError, MahaError
 
 QUEUE_WAIT_S = 0.2
@@ -57,6 +56,7 @@ def write_in_partitions(
     """
     parts = divide(files, partitions)
     shares = [[_share(output, number, len(parts)) for output in outputs] for number in range(len(parts))]
+    held = [WorkFolder(output.prefix) for output in outputs]  # so that no other command makes these pairs meanwhile
     context = multiprocessing.get_context("spawn")
     messages, stops, running = context.Queue(), [context.Event() for _ in parts], {}
     for number, part in enumerate(parts):
@@ -70,7 +70,13 @@ def write_in_partitions(
         for process in running.values():
             process.terminate()
             process.join()
-    return [_merge(output, [share[place].prefix for share in shares]) for place, output in enumerate(outputs)]
+        for folder in held:
+            folder.close()
+    merged = [_merge(output, [share[place].prefix for share in shares]) for place, output in enumerate(outputs)]
+    for output, manifest in zip(outputs, merged, strict=True):
+        if manifest.tokens == 0:
+            raise no_text(output.prefix, manifest.bad_lines)
+    return merged
 
 
 def _share(output: Output, number: int, parts: int) -> Output:
@@ -80,14 +86,12 @@ def _share(output: Output, number: int, parts: int) -> Output:
 
 
 def _merge(output: Output, names: Sequence[Path]) -> Manifest:
+    """Make one pair of the partitions'; without text, what its manifest would say, and no pair."""
     manifests = [read_manifest(name) for name in names]
-    if not any(manifest.tokens for manifest in manifests):
-        remove_leftover(output.prefix)
-        bad_lines = Counter()
-        for manifest in manifests:
-            bad_lines.update(manifest.bad_lines)
-        raise no_text(output.prefix, bad_lines)
-    manifest = merge_pairs(names, output.prefix, arguments=output.arguments, advance=lambda num_bytes: None)
+    if any(manifest.tokens for manifest in manifests):
+        manifest = merge_pairs(names, output.prefix, arguments=output.arguments, advance=lambda num_bytes: None)
+    else:
+        manifest = merged_manifest(manifests, output.arguments)
     remove_leftover(output.prefix)
     return manifest
 

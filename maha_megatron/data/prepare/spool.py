@@ -25,7 +25,7 @@ from maha_megatron.data.prepare.encoding import EncodedBlock
 from maha_megatron.data.prepare.index_file import CHUNK_ITEMS, token_code, write_index
 from maha_megatron.data.prepare.work_folder import WorkFolder
 from maha_megatron.data.tokenizer import Tokenizer
-from maha_megatron.data.writing import cannot_write, settle, write_whole
+from maha_megatron.data.writing import cannot_write, join_files, settle, write_whole
 
 COMMIT_INTERVAL_S = 2.0
 TOKENS = "pair.bin"
@@ -111,7 +111,7 @@ class Spool:
             self._write_index(Path(f"{pair}.idx"))
             checksums = self._sums.save(pair)
             if self.bad_lines:
-                write_whole(bad_lines_path(pair), (self._folder / "bad").read_bytes())
+                join_files([self._folder / "bad"], bad_lines_path(pair))
             manifest = self._manifest(revisions, file_sha256(Path(f"{pair}.idx")), checksums)
             write_manifest(pair, manifest)
             self._close_streams()

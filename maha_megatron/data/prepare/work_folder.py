@@ -107,6 +107,8 @@ def new_pair(prefix: Path) -> Iterator[Path]:
 
 def remove_leftover(prefix: Path) -> None:
     """Remove what killed runs left of a pair, those with another number of partitions too; only once it is finished."""
+    if _is_held(_folder(prefix)):  # another process makes the pair anew
+        return
     leftover = re.compile(rf"{re.escape(prefix.name)}(\.partition-\d+-of-\d+\..+|\.partial)")
     for path in prefix.parent.iterdir():
         if leftover.fullmatch(path.name):
@@ -114,6 +116,18 @@ def remove_leftover(prefix: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process has the folder."""
+    try:
+        with (folder / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no folder, or a file system without locks
+        pass
+    return False
 
 
 def _folder(prefix: Path) -> Path:

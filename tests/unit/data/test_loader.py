@@ -159,7 +159,7 @@ def test_validation_reads_no_sample_twice(
     config = replace(config, train=replace(config.train, validation_samples=10_000))
     loader = build_loader(config, data_parallel_rank=0, data_parallel_size=1, split="validation")
     first = [row[0] for row in rows(validation_of(loader))]
-    assert len(first) == len(set(first)) < 10_000
+    assert len(first) == len(set(first)) == loader.validation_samples() < 10_000
     of_one_source = [sum(lower <= token < lower + 100 for token in first) for lower in (100, 200)]
     assert max(of_one_source) == loader.samples_per_epoch // 2  # stopped no earlier than needed
 

@@ -15,9 +15,13 @@ from pathlib import Path
 import pytest
 
 from maha_megatron.data import writing
+from maha_megatron.data.manifest import read_manifest
 from maha_megatron.data.pair import check_pair
 from maha_megatron.data.prepare import spool
-from maha_megatron.data.prepare.work_folder import ENDINGS
+from maha_megatron.data.prepare.encode import Output
+from maha_megatron.data.prepare.inputs import list_inputs
+from maha_megatron.data.prepare.partitions import write_in_partitions
+from maha_megatron.data.prepare.work_folder import ENDINGS, remove_leftover
 from maha_megatron.errors import DataError
 from tests.support.corpora import odd_corpus, pair_bytes, sentencepiece_model, settings_for, write_inputs
 from tests.support.runs import ROOT, import_path
@@ -206,15 +210,42 @@ def test_other_arguments_begin_anew(tmp_path: Path, model: str, monkeypatch: pyt
     assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "q")
 
 
+def write_in_two(inputs: list[Path], prefix: Path, settings, advance=lambda *progress: None) -> None:
+    """As write_inputs, in partitions."""
+    files, outputs = list_inputs(list(map(str, inputs))), [Output("text", prefix, {"append_eod": True})]
+    quiet = {"workers": 1, "revisions": {}, "say": lambda text: None}
+    write_in_partitions(files, outputs, partitions=2, settings=settings, advance=advance, **quiet)
+
+
 def test_two_processes_do_not_write_one_pair(tmp_path: Path, model: str) -> None:
     corpus = tmp_path / "odd.jsonl"
     odd_corpus(corpus, 100, long_bytes=0)
 
     def start_another(progress) -> None:
-        with pytest.raises(DataError, match="is being written by another process"):
-            write_inputs([corpus], tmp_path / "p", settings_for(model))
+        for write in (write_inputs, write_in_two):
+            with pytest.raises(DataError, match="is being written by another process"):
+                write([corpus], tmp_path / "p", settings_for(model))
+        remove_leftover(tmp_path / "p")  # as one that finds the pair done already does
 
     write_inputs([corpus], tmp_path / "p", settings_for(model), advance=start_another)
+    assert read_manifest(tmp_path / "p").documents == 100
+
+
+def test_nobody_takes_the_partitions_of_a_run_that_goes_on(tmp_path: Path, model: str) -> None:
+    corpus = tmp_path / "odd.jsonl"
+    odd_corpus(corpus, 100, long_bytes=0)
+    refused = []
+
+    def start_another(*progress) -> None:
+        with pytest.raises(DataError, match="is being written by another process"):
+            write_inputs([corpus], tmp_path / "p", settings_for(model))
+        remove_leftover(tmp_path / "p")
+        refused.append(progress)
+
+    write_in_two([corpus], tmp_path / "p", settings_for(model), advance=start_another)
+    assert refused
+    assert read_manifest(tmp_path / "p").documents == 100
+    assert not list(tmp_path.glob("p.partial")) + list(tmp_path.glob("p.partition-*"))
 
 
 def test_a_full_disk_is_said_and_nothing_half_written_is_left(

@@ -103,6 +103,18 @@ def test_pairs_that_were_killed_at_different_places_go_on(
     assert write(inputs, tmp_path / "q", model, "text", "body")[0] == expected
 
 
+def test_partitions_too_write_what_has_text_and_name_what_has_none(tmp_path: Path, model: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n' * 50)
+    (tmp_path / "p").mkdir()
+    outputs = [Output(key, tmp_path / "p" / key, {"append_eod": True}) for key in ("none", "text")]
+    with pytest.raises(DataError, match=r"none: the input holds no text.*left out: 100 missing field"):
+        write_in_partitions(
+            list_inputs([str(tmp_path / "a.jsonl")]), outputs, partitions=2, settings=settings_for(model), **QUIET
+        )
+    assert read_manifest(tmp_path / "p" / "text").documents == 100
+    assert sorted(path.name for path in (tmp_path / "p").iterdir() if not path.name.startswith("text.")) == []
+
+
 def test_a_key_without_text_is_named_and_the_others_are_written(tmp_path: Path, inputs: Path, model: str) -> None:
     (inputs / "d.txt").unlink()
     with pytest.raises(
