@@ -20,6 +20,7 @@ SPILLED_BYTES = {
     "attention, scale by scale": 16,
     "query gradients, scale by scale": 40,
     "equilibrium, a game, 8 scales": 16,
+    "continuation, a game": 8,
     "continuation, nash": 8,
 }
 
