@@ -15,7 +15,7 @@ import numpy as np
 from maha_megatron.data.layout import ITEM_TYPES
 from maha_megatron.data.prepare.blocks import Block, Position
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
-from maha_megatron.data.prepare.documents import BadLine, documents_of, refuse
+from maha_megatron.data.prepare.documents import BadLine, BadLineError, documents_of, refuse
 from maha_megatron.data.prepare.index_file import token_code
 from maha_megatron.data.tokenizer import Tokenizer
 
@@ -82,9 +82,17 @@ class Encoder:
         """Encode a block's documents, key by key; one without text gets no tokens and no end, as in Megatron.
 
         Raises:
-            DataError: A line is bad and the settings are strict.
+            DataError: A line is bad and the settings are strict; the first one under any key is told.
         """
-        return [self._encode(block, key) for key in self._keys]
+        encoded, refused = [], []
+        for key in self._keys:
+            try:
+                encoded.append(self._encode(block, key))
+            except BadLineError as error:
+                refused.append(error)
+        if refused:
+            raise min(refused, key=lambda error: error.line)
+        return encoded
 
     def _encode(self, block: Block, key: str) -> EncodedBlock:
         bad: list[BadLine] = []
