@@ -169,8 +169,8 @@ def report(prefix: Path, manifest: Manifest) -> None:
     if manifest.bad_lines:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.bad_lines.items()))
         print(
-            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files were left out or cut ({kinds});"
-            f" they are listed in {prefix}.bad_lines.jsonl"
+            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files were left out, cut or damaged"
+            f" ({kinds}); they are listed in {prefix}.bad_lines.jsonl"
         )
     print(
         f"preprocess: in a configuration: data.train: [{{prefix: {prefix}}}], model.vocabulary: {manifest.vocabulary}"

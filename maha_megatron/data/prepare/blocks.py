@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, BinaryIO
 
-from maha_megatron.data.prepare.decompression import FAULTS, Decompressed
+from maha_megatron.data.prepare.decompression import FAULTS, Decompressed, is_damage
 from maha_megatron.data.prepare.inputs import JSON_LINES, UNSUPPORTED, InputFile
 
 BLOCK_BYTES = 1 << 20
@@ -25,7 +25,7 @@ LONGEST_BYTES = 16_000_000
 BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
 UNREADABLE, NOT_READ, NO_UTF8, CUT = "unreadable file", "unsupported kind", "no UTF-8 text", "text cut into several"
-NO_COLUMN = "missing column"
+NO_COLUMN, DAMAGED = "missing column", "damaged file whose documents may be wrong"
 NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
@@ -146,6 +146,9 @@ def _all_blocks(
         except (Unfit, *READ_ERRORS) as error:
             if isinstance(error, Unfit):
                 problem, of = (error.kind, f"{file.path} {error}"), error.keys
+            elif place.number and is_damage(error):
+                where = f"{file.path} is damaged, and the {place.number} lines or rows that it gave may be wrong"
+                problem, of = (DAMAGED, f"{where} ({error}): replace it, or leave it out"), ()
             else:
                 where = f"{file.path} cannot be read after {place.number} lines or rows"
                 problem, of = (UNREADABLE, f"{where} ({error}): repair it or leave it out"), ()

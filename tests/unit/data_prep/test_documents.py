@@ -94,6 +94,18 @@ def test_a_file_that_breaks_off_gives_its_whole_lines_and_is_told(tmp_path: Path
         assert set(counts) == {0}
 
 
+def test_a_failed_checksum_is_no_cut_off(tmp_path: Path) -> None:
+    """What was decompressed before it showed is wrong, and is in the pair by then."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines(), 0).replace(b"first", b"worst"))
+    found, bad = documents_in(path, LONGEST_BYTES)
+    assert found == [TEXTS[0].replace("first", "worst"), *TEXTS[1:]]
+    assert [line.kind for line in bad] == ["damaged file whose documents may be wrong"]
+    assert "is damaged, and the 4 lines or rows that it gave may be wrong (CRC check failed" in bad[0].detail
+    with pytest.raises(DataError, match=r"is damaged.*: replace it"):
+        texts_of(path, left_out=LeftOut())
+
+
 def test_the_limit_of_a_line_does_not_depend_on_where_blocks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

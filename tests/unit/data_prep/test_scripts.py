@@ -291,7 +291,7 @@ def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tm
         ("", ""),
     ]
     assert manifests["rows"].bad_lines == {"wrong type": 1}
-    assert "1 lines or files were left out or cut (1 wrong type)" in out
+    assert "1 lines or files were left out, cut or damaged (1 wrong type)" in out
     rows = ("preprocess.py", "--input", tmp_path / "rows.parquet", "--output-prefix", tmp_path / "strict")
     code, _, err = run(*rows, *tokenizer, "--strict")
     assert code == 2
