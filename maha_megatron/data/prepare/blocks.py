@@ -26,6 +26,7 @@ BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
 UNREADABLE, NOT_READ, NO_UTF8, CUT = "unreadable file", "unsupported kind", "no UTF-8 text", "text cut into several"
 NO_COLUMN, DAMAGED = "missing column", "damaged file whose documents may be wrong"
+NOT_OPENED = "link or folder that cannot be opened"
 NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
@@ -135,11 +136,13 @@ def _joined(blocks: Sequence[Block]) -> Block:
 def _all_blocks(
     files: Sequence[InputFile], keys: Sequence[str], start: Position, longest_bytes: int
 ) -> Iterator[Block]:
-    before = sum(file.path.stat().st_size for file in files[: start.file])
+    before = sum(map(_size, files[: start.file]))
     for index in range(start.file, len(files)):
         file, place = files[index], start if index == start.file else Position(index)
         reader = READERS.get(file.kind, _plain_text)
         try:
+            if file.fault:
+                raise Unfit(NOT_OPENED, file.fault)
             for block in reader(file, keys, place, longest_bytes):
                 place = block.end
                 yield replace(block, read_bytes=before + block.read_bytes)

@@ -13,6 +13,7 @@ from maha_megatron.data.prepare.blocks import (
     CUT,
     LONGEST_BYTES,
     NO_UTF8,
+    NOT_OPENED,
     NOT_READ,
     TOO_LONG,
     Block,
@@ -22,7 +23,7 @@ from maha_megatron.data.prepare.blocks import (
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
-NO_TEXT_KINDS = (NOT_READ, NO_UTF8)
+NO_TEXT_KINDS = (NOT_READ, NOT_OPENED, NO_UTF8)
 """Kinds of bad files that are no documents at all, rather than broken ones."""
 
 
