@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import re
+import signal
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -177,9 +178,16 @@ _encoder: Encoder | None = None
 """The process's encoder: a process pool offers no other place for what an initialiser makes."""
 
 
+def leave_interrupts_to_parent() -> None:
+    """Ignore Ctrl-C in a process that this program started: the terminal sends it to all, and the first ends all."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def start_worker(encoder: Encoder) -> None:
     """Initialise a tokenising process; it ends when the one that started it does, however that ends."""
     global _encoder
+    leave_interrupts_to_parent()
     return_large_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     threading.Thread(target=end_with_parent, daemon=True).start()
