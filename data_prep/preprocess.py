@@ -147,6 +147,10 @@ def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
     else:
         source = input_identity(options.input)
     tokenizer = [options.tokenizer_model] if options.tokenizer_model else [options.vocab_file, options.merge_file]
+    for name in tokenizer:
+        if not Path(name).exists():
+            flags = "--tokenizer-model" if options.tokenizer_model else "--vocab-file and --merge-file"
+            raise DataError(f"the tokenizer {name} does not exist: give its path by {flags}")
     arguments = {"input": source, "key": key, "tokenizer": input_identity(tokenizer), "append_eod": options.append_eod}
     if options.longest_document != parse_bytes("16MB"):
         arguments["longest_document"] = options.longest_document
@@ -161,16 +165,17 @@ def _arguments(options: argparse.Namespace, key: str) -> dict[str, Any]:
 
 def report(prefix: Path, manifest: Manifest) -> None:
     """Print what a pair holds."""
+    rate = manifest.bytes_per_token
+    text = f"{rate:.3f} bytes per token ({1 / rate:.3f} tokens per byte)" if rate else "no text"
     print(
-        f"preprocess: {prefix}: {manifest.documents} documents, {format_count(manifest.tokens)} tokens,"
-        f" {manifest.bytes_per_token:.3f} bytes per token ({1 / manifest.bytes_per_token:.3f} tokens per byte),"
+        f"preprocess: {prefix}: {manifest.documents} documents, {format_count(manifest.tokens)} tokens, {text},"
         f" unigram entropy {manifest.unigram_entropy_nats:.3f} nats per token"
     )
     if manifest.bad_lines:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.bad_lines.items()))
         print(
-            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files were left out or cut ({kinds});"
-            f" they are listed in {prefix}.bad_lines.jsonl"
+            f"preprocess: warning: {sum(manifest.bad_lines.values())} lines or files were left out, cut or damaged"
+            f" ({kinds}); they are listed in {prefix}.bad_lines.jsonl"
         )
     print(
         f"preprocess: in a configuration: data.train: [{{prefix: {prefix}}}], model.vocabulary: {manifest.vocabulary}"

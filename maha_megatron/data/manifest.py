@@ -63,7 +63,8 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float | None:
-        return None if self.text_bytes is None else self.text_bytes / self.tokens
+        """None also where there is no text."""
+        return self.text_bytes / self.tokens if self.text_bytes and self.tokens else None
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -147,7 +147,12 @@ def open_pair(prefix: str | Path) -> Pair:
     """
     files = read_pair_files(prefix)
     if files.index.tokens == 0:
-        raise DataError(f"{files.index.path} holds no tokens: the corpus it was made from was empty; {REBUILD}")
+        documents = len(files.index.documents) - 1
+        empty = f"its {documents} documents are empty, as they were in its input: leave the pair out"
+        raise DataError(
+            f"{files.index.path} holds no tokens: "
+            + (empty if documents else f"the corpus it was made from was empty; {REBUILD}")
+        )
     return Pair(str(prefix), files.index, files.checksums, files.chunk_bytes)
 
 

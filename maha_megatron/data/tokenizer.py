@@ -1,6 +1,7 @@
 """Tokenizers behind one small protocol. Torch-free: data preparation uses it before torch is loaded."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maha_megatron.data.locality import is_cut_at_spaces, pieces_keep_to_cuts
 from maha_megatron.errors import DataError
 
 LOWER_ONE_EIGHTH = "\u2581"
@@ -30,7 +32,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def is_local(self, text: str) -> bool:
-        """Whether the ids of this text depend on what is around them alone, and on nothing that sums it all up."""
+        """Whether the ids of this text depend on what is around them alone, up to the nearest spaces."""
 
     def encode_on(self, text: str) -> np.ndarray:
         """The ids of a text, int32, that goes on after another: without what the tokenizer puts before a text."""
@@ -105,7 +107,10 @@ class SentencePieceTokenizer:
         ]
         self._has_bytes = all(self._model.is_byte(token) for tokens in self._bytes for token in tokens)
         # The scores of a BPE are its pieces' places; those of a unigram model are logarithms, which it adds up.
-        self._is_bpe = all(score.is_integer() for score in self._model.get_score(list(range(self.vocabulary))))
+        every = list(range(self.vocabulary))
+        self._is_local = all(score.is_integer() for score in self._model.get_score(every)) and pieces_keep_to_cuts(
+            self._model.id_to_piece(every)
+        )
 
     def encode(self, text: str) -> list[int]:
         if not self._has_bytes or LOWER_ONE_EIGHTH not in text:
@@ -120,7 +125,7 @@ class SentencePieceTokenizer:
         return exact if self._model.decode(exact) == text else self._model.encode(text)
 
     def is_local(self, text: str) -> bool:
-        return self._is_bpe and LOWER_ONE_EIGHTH not in text  # with it, all of the text is decoded as a proof
+        return self._is_local and LOWER_ONE_EIGHTH not in text  # with it, all of the text is decoded as a proof
 
     def encode_on(self, text: str) -> np.ndarray:
         before = self._model.encode(STAND_IN) if self._has_bytes else []
@@ -159,7 +164,9 @@ class HuggingFaceTokenizer:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        identity = f"{backend.to_str()}|{self.end_of_document}"
+        described = backend.to_str()
+        self._is_local = is_cut_at_spaces(json.loads(described))
+        identity = f"{described}|{self.end_of_document}"
         self.fingerprint = f"HuggingFaceTokenizer:{hashlib.sha256(identity.encode()).hexdigest()}"
         self._control = np.zeros(self.vocabulary, dtype=bool)
         self._control[[self.end_of_document, *special]] = True
@@ -173,7 +180,7 @@ class HuggingFaceTokenizer:
         return self._without_control(text, ids).tolist()
 
     def is_local(self, text: str) -> bool:
-        return type(self._backend.model).__name__ != "Unigram"
+        return self._is_local
 
     def encode_on(self, text: str) -> np.ndarray:
         return np.array(self.encode(text), dtype=np.int32)

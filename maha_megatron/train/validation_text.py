@@ -9,7 +9,7 @@ from maha_megatron.data.manifest import Manifest, read_manifest
 def described_sources(config: Config) -> list[tuple[float, Manifest]]:
     """Weights and manifests of the validation text's sources; empty unless all of them know their text's size."""
     found = [(source, read_manifest(source.prefix)) for source in config.data.validation or config.data.train]
-    if not all(manifest and manifest.text_bytes is not None for _, manifest in found):
+    if not all(manifest and manifest.bytes_per_token for _, manifest in found):
         return []
     return [(source.epochs * manifest.tokens or source.weight, manifest) for source, manifest in found]
 

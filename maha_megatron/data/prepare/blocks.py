@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, BinaryIO
 
-from maha_megatron.data.prepare.decompression import FAULTS, Decompressed
+from maha_megatron.data.prepare.decompression import FAULTS, Decompressed, is_damage
 from maha_megatron.data.prepare.inputs import JSON_LINES, UNSUPPORTED, InputFile
 
 BLOCK_BYTES = 1 << 20
@@ -25,7 +25,8 @@ LONGEST_BYTES = 16_000_000
 BYTE_ORDER_MARK = "\ufeff"
 TOO_LONG = "longer than the limit"
 UNREADABLE, NOT_READ, NO_UTF8, CUT = "unreadable file", "unsupported kind", "no UTF-8 text", "text cut into several"
-NO_COLUMN = "missing column"
+NO_COLUMN, DAMAGED = "missing column", "damaged file whose documents may be wrong"
+NOT_OPENED = "link or folder that cannot be opened"
 NO_UTF8_ADVICE = "is no UTF-8 text: convert it (iconv) or leave it out"
 
 
@@ -135,17 +136,22 @@ def _joined(blocks: Sequence[Block]) -> Block:
 def _all_blocks(
     files: Sequence[InputFile], keys: Sequence[str], start: Position, longest_bytes: int
 ) -> Iterator[Block]:
-    before = sum(file.path.stat().st_size for file in files[: start.file])
+    before = sum(map(_size, files[: start.file]))
     for index in range(start.file, len(files)):
         file, place = files[index], start if index == start.file else Position(index)
         reader = READERS.get(file.kind, _plain_text)
         try:
+            if file.fault:
+                raise Unfit(NOT_OPENED, file.fault)
             for block in reader(file, keys, place, longest_bytes):
                 place = block.end
                 yield replace(block, read_bytes=before + block.read_bytes)
         except (Unfit, *READ_ERRORS) as error:
             if isinstance(error, Unfit):
                 problem, of = (error.kind, f"{file.path} {error}"), error.keys
+            elif place.number and is_damage(error):
+                where = f"{file.path} is damaged, and the {place.number} lines or rows that it gave may be wrong"
+                problem, of = (DAMAGED, f"{where} ({error}): replace it, or leave it out"), ()
             else:
                 where = f"{file.path} cannot be read after {place.number} lines or rows"
                 problem, of = (UNREADABLE, f"{where} ({error}): repair it or leave it out"), ()

@@ -17,6 +17,13 @@ GZ_STEP_BYTES = 1 << 16
 FAULTS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
+def is_damage(fault: Exception) -> bool:
+    """Whether content before a fault may be wrong: a checksum failed, or bytes that cannot be decompressed came."""
+    if isinstance(fault, gzip.BadGzipFile):
+        return not str(fault).startswith("Not a gzipped file")  # behind a part whose checksum holds
+    return isinstance(fault, (zlib.error, zstandard.ZstdError))
+
+
 class Decompressed(io.RawIOBase):
     """The content of a compressed file; ends where it ends or breaks.
 

@@ -1,6 +1,7 @@
 """Documents from blocks, one at a time and unchanged; what is none is told by line and reason."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from maha_megatron.data.prepare.blocks import (
     CUT,
     LONGEST_BYTES,
     NO_UTF8,
+    NOT_OPENED,
     NOT_READ,
     TOO_LONG,
     Block,
@@ -21,12 +23,8 @@ from maha_megatron.data.prepare.blocks import (
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.errors import DataError
 
-NO_TEXT_KINDS = (NOT_READ, NO_UTF8)
+NO_TEXT_KINDS = (NOT_READ, NOT_OPENED, NO_UTF8)
 """Kinds of bad files that are no documents at all, rather than broken ones."""
-
-
-class BadLineError(DataError):
-    """A strict reader met a bad line."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,14 @@ class LeftOut:
         return f"{self.kinds.total()} files of the input were left out or cut ({kinds}), the first: {self.first}"
 
 
+class BadLineError(DataError):
+    """A strict reader met a bad line."""
+
+    def __init__(self, bad: BadLine):
+        super().__init__(bad)
+        self.line = bad.line or math.inf  # a file's problem is told behind its lines
+
+
 def read_documents(
     paths: Sequence[str],
     *,
@@ -105,7 +111,7 @@ def refuse(bad: BadLine) -> None:
     Raises:
         BadLineError: Always.
     """
-    raise BadLineError(str(bad))
+    raise BadLineError(bad)
 
 
 def documents_of(

@@ -25,6 +25,7 @@ from maha_megatron.data.prepare.encoding import (
     EncodingSettings,
     encode_block,
     fast_way_agrees,
+    leave_interrupts_to_parent,
     return_large_memory,
     start_worker,
 )
@@ -84,6 +85,7 @@ def write_pairs(
         DataError: The tokenizer is unusable, there is no text, a line is bad and the settings are strict, or a file
             cannot be written.
     """
+    leave_interrupts_to_parent()  # where this is a partition
     return_large_memory()
     tokenizer = load_tokenizer(settings.tokenizer, settings.merges)
     keys, spools = [output.key for output in outputs], []

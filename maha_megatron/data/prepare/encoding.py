@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import re
+import signal
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ import numpy as np
 from maha_megatron.data.layout import ITEM_TYPES
 from maha_megatron.data.prepare.blocks import Block, Position
 from maha_megatron.data.prepare.digest import TextDigest, digest_of
-from maha_megatron.data.prepare.documents import BadLine, documents_of, refuse
+from maha_megatron.data.prepare.documents import BadLine, BadLineError, documents_of, refuse
 from maha_megatron.data.prepare.index_file import token_code
 from maha_megatron.data.tokenizer import Tokenizer
 
@@ -23,8 +24,8 @@ BATCH_CHARACTERS = 1 << 18
 """Texts that are encoded in one call; what a tokenizer keeps beside the ids would grow with more."""
 PIECE_CHARACTERS = 1 << 19
 """A document longer than this is encoded in pieces, if cuts can be found: a tokenizer takes 60 to 150 times a text."""
-CUT = re.compile(r"\S(?:\n(?=\S)|(?= \S))")
-"""Where tokenizers begin a new word: behind a line's end, or before a space."""
+CUT = re.compile(r"\S(?= \S)")
+"""Where tokenizers begin a new word. Behind a line's end many have pieces that go on."""
 CUTS_TRIED, SEARCHED_CHARACTERS, PROVED_AROUND = 8, 1 << 14, 1 << 11
 LARGE_BYTES, M_MMAP_THRESHOLD = 1 << 21, -3
 PROVED_CHARACTERS = 200_000
@@ -82,9 +83,17 @@ class Encoder:
         """Encode a block's documents, key by key; one without text gets no tokens and no end, as in Megatron.
 
         Raises:
-            DataError: A line is bad and the settings are strict.
+            DataError: A line is bad and the settings are strict; the first one under any key is told.
         """
-        return [self._encode(block, key) for key in self._keys]
+        encoded, refused = [], []
+        for key in self._keys:
+            try:
+                encoded.append(self._encode(block, key))
+            except BadLineError as error:
+                refused.append(error)
+        if refused:
+            raise min(refused, key=lambda error: error.line)
+        return encoded
 
     def _encode(self, block: Block, key: str) -> EncodedBlock:
         bad: list[BadLine] = []
@@ -169,9 +178,16 @@ _encoder: Encoder | None = None
 """The process's encoder: a process pool offers no other place for what an initialiser makes."""
 
 
+def leave_interrupts_to_parent() -> None:
+    """Ignore Ctrl-C in a process that this program started: the terminal sends it to all, and the first ends all."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def start_worker(encoder: Encoder) -> None:
     """Initialise a tokenising process; it ends when the one that started it does, however that ends."""
     global _encoder
+    leave_interrupts_to_parent()
     return_large_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,5 +1,6 @@
 """The files behind input paths: the one listing that both reading and "done already" go by. Standard library only."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,6 +23,8 @@ class InputFile:
     """The input path that it was found under."""
     start: int = 0
     stop: int | None = None
+    fault: str = ""
+    """Why nothing of it can be read: a link without a target, or a folder that cannot be listed; stop is then 0."""
 
     @property
     def compression(self) -> str:
@@ -39,29 +42,44 @@ def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> 
     """The files behind input paths, in the order in which they are read.
 
     Args:
-        paths: Files, which are always taken, or folders, whose files are sorted; hidden files and folders in them are
-            left out.
+        paths: Files, which are always taken, or folders, whose files are sorted; linked folders in them are read as
+            well, each folder once; hidden files and folders are left out.
         suffixes: In folders, only files with one of these endings; None: all.
 
     Raises:
         DataError: A path does not exist or a folder has no such file.
     """
-    return [InputFile(file, name) for name in paths for file in _files(Path(name), suffixes)]
+    return [file for name in paths for file in _files(Path(name), name, suffixes)]
 
 
-def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
+def _files(path: Path, argument: str, suffixes: Sequence[str] | None) -> list[InputFile]:
     if not path.exists():
         raise DataError(f"input {path} does not exist")
     if path.is_file():
-        return [path]
-    files = []
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden and (suffixes is None or file.name.endswith(tuple(suffixes))):
-            files.append(file)
+        return [InputFile(path, argument)]
+    refused: list[OSError] = []
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, onerror=refused.append, followlinks=True):
+        if os.path.realpath(folder) in seen:  # a link may lead back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            file = Path(folder, name)
+            if name.startswith(".") or not (suffixes is None or name.endswith(tuple(suffixes))):
+                continue
+            if os.path.isfile(file):
+                files.append(InputFile(file, argument))
+            elif not os.path.exists(file):
+                fault = "is a link without a target or cannot be reached: mend or remove it"
+                files.append(InputFile(file, argument, stop=0, fault=fault))
+    for error in refused:
+        fault = f"is a folder that cannot be listed ({error.strerror}): change its permissions or leave it out"
+        files.append(InputFile(Path(error.filename), argument, stop=0, fault=fault))
     if not files:
         raise DataError(f"folder {path} holds no file{f' ending in {suffixes}' if suffixes else ''} to read")
-    return files
+    return sorted(files, key=lambda file: file.path)
 
 
 def refuse_output_in_input(output: Path, paths: Sequence[str]) -> None:
@@ -82,7 +100,7 @@ def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
 
     Parts in which no file begins are left out, so there may be fewer than asked for.
     """
-    sizes = [file.path.stat().st_size for file in files]
+    sizes = [0 if file.fault else file.path.stat().st_size for file in files]
     borders = [sum(sizes) * part // parts for part in range(1, parts)]
     divided: list[list[InputFile]] = [[] for _ in range(parts)]
     before = 0

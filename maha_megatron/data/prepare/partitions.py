@@ -16,7 +16,7 @@ from maha_megatron.data.manifest import Manifest, read_manifest
 from maha_megatron.data.prepare.blocks import read_blocks
 from maha_megatron.data.prepare.documents import BadLineError
 from maha_megatron.data.prepare.encode import Output, no_text, progress_of, write_pairs
-from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent
+from maha_megatron.data.prepare.encoding import EncodingSettings, end_with_parent, leave_interrupts_to_parent
 from maha_megatron.data.prepare.finished import finished_pair
 from maha_megatron.data.prepare.inputs import InputFile, divide
 from maha_megatron.data.prepare.pairs import merge_pairs, merged_manifest
@@ -150,6 +150,7 @@ def _write_partition(
     stop: Any,
 ) -> None:
     """What the process of a partition runs; it tells of everything by messages, and ends when it is told to stop."""
+    leave_interrupts_to_parent()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     def tell(kind: str, content: Any = None) -> None:

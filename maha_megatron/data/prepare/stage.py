@@ -51,8 +51,8 @@ def input_identity(paths: Sequence[str], suffixes: Sequence[str] | None = None) 
     """
     identity = []
     for file in list_inputs(paths, suffixes):
-        status = file.path.stat()
-        identity.append([str(file.path), status.st_size, status.st_mtime_ns])
+        status = None if file.fault else file.path.stat()
+        identity.append([str(file.path), status.st_size, status.st_mtime_ns] if status else [str(file.path), 0, 0])
     return identity
 
 

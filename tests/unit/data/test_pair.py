@@ -52,8 +52,14 @@ def test_a_damaged_pair_is_refused(prefix: str, ending: str, change: Callable[[b
 
 
 def test_a_pair_without_tokens_is_refused(write_pair: Callable[..., str]) -> None:
-    with pytest.raises(DataError, match="holds no tokens"):
+    with pytest.raises(DataError, match="holds no tokens: the corpus it was made from was empty"):
         open_pair(write_pair("empty", []))
+
+
+def test_a_pair_of_empty_documents_is_told_from_one_without(write_pair: Callable[..., str]) -> None:
+    prefix = write_pair("empty", [[]] * 3, manifest=False)
+    with pytest.raises(DataError, match=r"its 3 documents are empty, .*: leave the pair out$"):
+        open_pair(prefix)
 
 
 def test_a_missing_pair_says_what_is_near(prefix: str, tmp_path: Path) -> None:

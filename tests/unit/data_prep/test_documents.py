@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import zstandard
 
 from maha_megatron.data.prepare.blocks import LONGEST_BYTES, read_blocks
 from maha_megatron.data.prepare.documents import BadLine, Document, LeftOut, documents_of, read_documents
-from maha_megatron.data.prepare.inputs import list_inputs
+from maha_megatron.data.prepare.inputs import divide, list_inputs
+from maha_megatron.data.prepare.stage import input_identity
 from maha_megatron.errors import DataError
 
 TEXTS = ["first\nwith lines\r\n", "", "ünï\tcödé 😀", "\0 </s>"]
@@ -94,6 +96,18 @@ def test_a_file_that_breaks_off_gives_its_whole_lines_and_is_told(tmp_path: Path
         assert set(counts) == {0}
 
 
+def test_a_failed_checksum_is_no_cut_off(tmp_path: Path) -> None:
+    """What was decompressed before it showed is wrong, and is in the pair by then."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines(), 0).replace(b"first", b"worst"))
+    found, bad = documents_in(path, LONGEST_BYTES)
+    assert found == [TEXTS[0].replace("first", "worst"), *TEXTS[1:]]
+    assert [line.kind for line in bad] == ["damaged file whose documents may be wrong"]
+    assert "is damaged, and the 4 lines or rows that it gave may be wrong (CRC check failed" in bad[0].detail
+    with pytest.raises(DataError, match=r"is damaged.*: replace it"):
+        texts_of(path, left_out=LeftOut())
+
+
 def test_the_limit_of_a_line_does_not_depend_on_where_blocks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +126,39 @@ def test_the_limit_of_a_line_does_not_depend_on_where_blocks_end(
     assert seen.count(seen[0]) == len(seen)
     assert [line.line for line in seen[0] if isinstance(line, BadLine)] == [11, 13, 4, 5, 6, 9]
     assert len(seen[0]) == 6 + 5
+
+
+def test_linked_folders_are_read_once_and_what_cannot_be_opened_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, elsewhere, scan = tmp_path / "in", tmp_path / "elsewhere", os.scandir
+    for path in (folder / "closed", elsewhere):
+        path.mkdir(parents=True)
+    (elsewhere / "a.txt").write_text("a text")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (folder / "round").symlink_to(folder / "round")
+
+    def scandir(path: str):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found, bad = documents_in(folder, LONGEST_BYTES)
+    assert found == ["a text"]
+    assert [(Path(line.file).name, line.kind) for line in bad] == [
+        (name, "link or folder that cannot be opened") for name in ("closed", "gone.txt", "round")
+    ]
+    assert str(bad[0]).startswith(f"{folder / 'closed'} is a folder that cannot be listed (Permission denied)")
+    left_out = LeftOut()
+    assert texts_of(folder, left_out=left_out) == ["a text"]
+    assert left_out.kinds.total() == 3
+    assert [size for _, size, _ in input_identity([str(folder)])] == [0, 0, 6, 0]
+    assert sum(map(len, divide(list_inputs([str(folder)]), 3))) == 4
+    with pytest.raises(DataError, match=r"closed is a folder that cannot be listed"):
+        texts_of(folder)
 
 
 def test_tables_and_archives_in_a_folder_are_counted_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from maha_megatron.data.manifest import read_manifest
 from maha_megatron.data.pair import check_pair
 from maha_megatron.data.prepare import spool
 from maha_megatron.data.prepare.encode import Output
+from maha_megatron.data.prepare.encoding import leave_interrupts_to_parent, start_worker
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.prepare.partitions import write_in_partitions
 from maha_megatron.data.prepare.work_folder import ENDINGS, remove_leftover
@@ -288,3 +291,12 @@ def test_a_full_disk_is_said_and_nothing_half_written_is_left(
         writes += 1
     assert writes >= 8
     assert pair_bytes(tmp_path / "p") == pair_bytes(tmp_path / "straight")
+
+
+def test_ctrl_c_is_left_to_the_process_that_started_the_others() -> None:
+    """The terminal sends it to all of them, and each would print where it was."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=start_worker, initargs=(None,)) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+    leave_interrupts_to_parent()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

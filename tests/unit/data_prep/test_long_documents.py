@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers as tokenizers_package
+from tokenizers import Regex, models, pre_tokenizers
 
+from maha_megatron.data.locality import SPLITTING_PATTERNS
 from maha_megatron.data.prepare import encoding
 from maha_megatron.data.prepare.blocks import Block, Position
 from maha_megatron.data.prepare.encoding import Encoder
 from maha_megatron.data.prepare.tokenizer_training import stretches, train_sentencepiece
-from maha_megatron.data.tokenizer import load_tokenizer
+from maha_megatron.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.support.corpora import ODD_TEXTS, byte_level_bpe, plain_text, sentencepiece_model, settings_for
 
 ODD = "".join(text.replace("\ud83d", "").replace("\u2581", "") for text in ODD_TEXTS)
@@ -71,6 +74,65 @@ def test_the_ids_of_a_long_document_are_those_of_the_whole(tmp_path: Path, piece
         assert "".join(pieces) == TEXT + "x" * 4000  # the latter has no place to cut
         assert len(pieces) > 10
         assert max(map(len, pieces[:-1])) <= 3000
+
+
+def over_spaces(kind: str, folder: Path) -> Tokenizer:
+    """A BPE with a piece that runs over a space or a line's end, of which only the place in a chain tells the use."""
+    if kind == "sentencepiece":
+        own = {"model_type": "bpe", "byte_fallback": True, "split_by_whitespace": False, "minloglevel": 2}
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["b a a b a a a a"] * 9), model_writer=model, vocab_size=264, **own
+        )
+        (folder / "over.model").write_bytes(model.getvalue())
+        return load_tokenizer(folder / "over.model")
+    space, end = ("\u2581", "\n") if kind == "metaspace" else ("\u0120", "\u010a")
+    pieces = ["<|endoftext|>", "a", "b", space, end, f"{end}a", f"{end}a{end}a", f"{space}a", f"{space}a{space}a"]
+    merges = [(end, "a"), (f"{end}a", f"{end}a"), (space, "a"), (f"{space}a", f"{space}a")]
+    backend = tokenizers_package.Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, merges))
+    backend.pre_tokenizer = {
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="never"),
+        "no regex": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        "unknown regex": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\s?\p{L}+\s"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    }[kind]
+    return HuggingFaceTokenizer(folder, backend)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace", "no regex", "unknown regex"])
+def test_pieces_that_run_over_spaces_leave_the_ids_those_of_the_whole(
+    tmp_path: Path, pieces: list[str], kind: str
+) -> None:
+    tokenizer = over_spaces(kind, tmp_path)
+    encoder = Encoder(tokenizer, settings_for("", append_end=False), ["text"], batched=False)
+    texts = [f"b{before}{join}a" + f"{join}a" * 4000 for join in (" ", "\n") for before in ("", "a", "aa", f"{join}b")]
+    (found,) = encoder.encode(Block("a", "a", 0, Position(), texts=tuple(texts), names=tuple(texts)))
+    assert found.ids.tolist() == [token for text in texts for token in tokenizer.encode(text)]
+
+
+def test_tokenizers_that_split_at_spaces_are_known(tmp_path: Path) -> None:
+    llama_3 = next(pattern for pattern in SPLITTING_PATTERNS if "{1,3}" in pattern)
+    byte_level = pre_tokenizers.ByteLevel(use_regex=False)
+    for splitter, added, known in (
+        (pre_tokenizers.ByteLevel(), "xy", True),
+        (pre_tokenizers.ByteLevel(), "x y", False),
+        (pre_tokenizers.Whitespace(), "  ", True),
+        (pre_tokenizers.Metaspace(), "x", True),
+        (None, "x", True),
+        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(llama_3), "isolated"), byte_level]), "x", True),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()]), "x", True),
+        (pre_tokenizers.Sequence([byte_level, pre_tokenizers.Whitespace()]), "x", False),
+        (pre_tokenizers.Split(" ", "merged_with_previous"), "x", False),
+    ):
+        backend = tokenizers_package.Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1, "\u2581a": 2}, []))
+        backend.add_tokens([added])
+        if splitter is not None:
+            backend.pre_tokenizer = splitter
+        assert HuggingFaceTokenizer(tmp_path, backend).is_local("") == known, (splitter, added)
 
 
 def test_a_tokenizer_that_looks_far_is_not_cut(tmp_path: Path, pieces: list[str]) -> None:

@@ -206,6 +206,10 @@ def test_errors_are_one_line_and_code_2(run, tmp_path: Path) -> None:
             ),
             "is no SentencePiece model",
         ),
+        (
+            ("preprocess.py", *wrong_key, "--output-prefix", tmp_path / "p", "--tokenizer-model", tmp_path / "none"),
+            f"the tokenizer {tmp_path / 'none'} does not exist: give its path by --tokenizer-model",
+        ),
         (("make_corpus.py", "--input", tmp_path, "--output", tmp_path / "c.jsonl"), "lies in the input"),
         (("train_tokenizer.py", "--input", tmp_path, "--output", tmp_path / "t.model"), "lies in the input"),
         (
@@ -258,6 +262,10 @@ def test_the_llama_type_begins_documents_as_megatrons_does(run, tmp_path: Path) 
         pair = open_pair(tmp_path / f"{name}_text_document")
         found = [pair.document(number).tolist() for number in range(pair.documents)]
         assert found == [[*ids, package.eos_id()] if ids else [] for ids in expected]
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    arguments = ("preprocess.py", "--input", tmp_path / "empty.jsonl", "--tokenizer-model", tmp_path / "llama.model")
+    code, out, err = run(*arguments, "--output-prefix", tmp_path / "e", "--tokenizer-type", "Llama2Tokenizer")
+    assert (code, "1 documents, 2 tokens, no text" in out) == (0, True), err
     arguments = ("preprocess.py", "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "r")
     own = sentencepiece_model(tmp_path / "small.model")
     code, _, err = run(*arguments, "--tokenizer-model", own, "--tokenizer-type", "Llama2Tokenizer")
@@ -291,7 +299,7 @@ def test_preprocess_takes_data_sets_folders_and_vocabularies_with_merges(run, tm
         ("", ""),
     ]
     assert manifests["rows"].bad_lines == {"wrong type": 1}
-    assert "1 lines or files were left out or cut (1 wrong type)" in out
+    assert "1 lines or files were left out, cut or damaged (1 wrong type)" in out
     rows = ("preprocess.py", "--input", tmp_path / "rows.parquet", "--output-prefix", tmp_path / "strict")
     code, _, err = run(*rows, *tokenizer, "--strict")
     assert code == 2

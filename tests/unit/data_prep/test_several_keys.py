@@ -51,7 +51,7 @@ def write(inputs: Path, folder: Path, model: str, *keys: str, **changes) -> tupl
         return read_blocks(files, keys, start)
 
     outputs = [Output(key, folder / key, {"append_eod": True, "key": key}) for key in keys]
-    return write_pairs(blocks, outputs, settings=settings_for(model), **(QUIET | changes)), began
+    return write_pairs(blocks, outputs, **({"settings": settings_for(model)} | QUIET | changes)), began
 
 
 def test_all_keys_are_read_at_once_and_each_pair_is_as_if_alone(tmp_path: Path, inputs: Path, model: str) -> None:
@@ -123,3 +123,13 @@ def test_a_key_without_text_is_named_and_the_others_are_written(tmp_path: Path, 
         write(inputs, tmp_path / "p", model, "none", "text")
     assert read_manifest(tmp_path / "p" / "text").documents == 297
     assert not list((tmp_path / "p").glob("none*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_strict_tells_the_first_bad_line_under_any_key(tmp_path: Path, model: str, workers: int) -> None:
+    rows = [{"text": "a", "body": "b"}] * 3 + [{"text": "a"}, {"body": "b"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 4 has no field 'body'"):
+        write(
+            tmp_path, tmp_path / "p", model, "text", "body", workers=workers, settings=settings_for(model, strict=True)
+        )
