@@ -41,6 +41,7 @@ def run(config: Path, *words: str, kind: str = "python", ranks: int = 1) -> tupl
     return pretrain(config, *words, kind=kind, ranks=ranks, extra=("--allow-program", NAME))
 
 
+@pytest.mark.full
 def test_a_program_trains_and_samples_where_the_command_line_allows_it(config: Path, tmp_path: Path) -> None:
     code, output = run(config)
     assert code == 0, output

@@ -96,9 +96,9 @@ def random_case(seed: int, most_rows: int) -> Case:
     return Case(lengths=lengths, spec=spec, n=2, g=1, d=4, seed=seed)
 
 
-@pytest.mark.parametrize("seed", everyday(range(40), lambda seed: seed < 10))
+@pytest.mark.parametrize("seed", everyday(range(40), lambda seed: seed < 5))
 def test_five_random_ways_to_cut_a_sequence_equal_one_pass(seed):
-    """200 in all, of 40 sequences of up to 3,000 rows, about half of them packed; 50 every day."""
+    """200 in all, of 40 sequences of up to 3,000 rows, about half of them packed; 25 every day."""
     case, generator = random_case(seed, most_rows=3000), random.Random(seed)
     expected = results(case, "eager", torch.float64)
     for _ in range(5):
@@ -129,7 +129,7 @@ def _one_pass(case: Case) -> dict[str, torch.Tensor]:
     ("spec", "cuts"),
     everyday(
         itertools.product(SPECS, ((50, 51, 100), (3,), (37, 38, 104), (36, 39, 40, 41, 120))),
-        lambda spec, cuts: spec in FIRST or cuts[0] == 36,
+        lambda spec, cuts: (spec in FIRST) == (cuts[0] != 36),
     ),
     ids=str,
 )

@@ -21,6 +21,7 @@ SCRIPT = "tools/benchmark_attention.py"
 SMALL = ("--heads", "2", "--width", "8", "--lengths", "64", "128", "--dense-limit", "64", "--repeats", "3")
 
 
+@pytest.mark.full
 def test_a_small_run_prints_and_keeps_everything(tmp_path):
     output = tool(SCRIPT, *SMALL, "--dtype", "fp32", "--kv-groups", "1", "--threads", "1", "--results", tmp_path)
     (path,) = tmp_path.glob("benchmark_attention_*.json")
