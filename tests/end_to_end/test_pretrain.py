@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_it_promises(trained: tuple[Path, Path, str]) ->
     ("kind", "overrides"),
     [
         ("deepspeed", ["zero.stage=3"]),
-        ("torchrun", ["parallel.tensor=2", "parallel.sequence=true"]),
+        pytest.param("torchrun", ["parallel.tensor=2", "parallel.sequence=true"], marks=pytest.mark.full),
     ],
 )
 def test_launchers_and_topologies_give_the_same_run(

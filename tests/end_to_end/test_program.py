@@ -93,6 +93,7 @@ def test_a_permission_without_effect_is_refused_where_nothing_runs_too(look: str
     assert not (tmp_path / "note").exists()
 
 
+@pytest.mark.full
 def test_a_program_that_one_rank_lacks_is_refused_by_all(config: Path, tmp_path: Path) -> None:
     (tmp_path / "my_program.py").write_text(
         "import os\n"

@@ -62,6 +62,7 @@ def test_another_setting_has_no_goals():
         assert goals(dataclasses.replace(GOAL_SETTING, **other), rows) == [], other
 
 
+@pytest.mark.full
 def test_subjects_take_turns_and_memory_is_that_of_the_pass():
     times = times_s(SETTING, tuple(SUBJECTS), 96, "fp32", repeats=3, limit_s=60)
     assert {name: len(taken) for name, taken in times.items()} == dict.fromkeys(SUBJECTS, 3)

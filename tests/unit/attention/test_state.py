@@ -110,7 +110,7 @@ def test_five_random_ways_to_cut_a_sequence_equal_one_pass(seed):
     everyday(
         itertools.product(BACKENDS, SPECS),
         lambda backend, spec: (
-            spec in FIRST or (backend == "eager" and spec in ("ratio 3, no convolution", "quadratic"))
+            spec in FIRST[:1] or (backend == "eager" and spec in (*FIRST, "ratio 3, no convolution", "quadratic"))
         ),
     ),
 )

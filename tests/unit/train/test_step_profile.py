@@ -72,6 +72,7 @@ def profile_alone(config, kernels):
     return profile_step(config, kernels)
 
 
+@pytest.mark.full
 def test_a_real_step_is_profiled():
     """A narrow model over long samples: most of its step is attention, and backward is more of that than forward."""
     one_sample = {"train__global_batch_samples": 1, "train__micro_batch_samples": 1}
