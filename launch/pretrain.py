@@ -30,9 +30,9 @@ from maha_megatron.config import programs
 from maha_megatron.config.load import dump_yaml, load_config
 from maha_megatron.config.rules import check_topology
 from maha_megatron.config.schema import Config
-from maha_megatron.errors import MahaError
+from maha_megatron.errors import EXIT_USER_ERROR, MahaError
 
-EXIT_USER_ERROR, EXIT_DEFECT, EXIT_KILLED_BY_USER = 2, 1, 130
+EXIT_DEFECT, EXIT_KILLED_BY_USER = 1, 130
 LAUNCHER_GRACE_S = 5
 
 

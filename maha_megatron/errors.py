@@ -3,6 +3,11 @@
 Programmers' mistakes are `assert`s; these are for what a config, a file or a machine brought in.
 """
 
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
 
 class MahaError(Exception):
     """Base of every error that is meant to be read by a user; command lines print it without a traceback."""
@@ -34,3 +39,12 @@ class EnvironmentMismatch(MahaError, RuntimeError):
 
 class ProgramError(MahaError, RuntimeError):
     """A stated program over the scales that cannot be used as it is, or has no solution where one is needed."""
+
+
+def exit_code_of(run: Callable[[], int | None]) -> int:
+    """Run a command: the exit code that it returns, or EXIT_USER_ERROR after one line on standard error."""
+    try:
+        return run() or 0
+    except MahaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR

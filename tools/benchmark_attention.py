@@ -53,14 +53,14 @@ from maha_megatron.attention.dispatch import BACKEND_NAMES
 from maha_megatron.attention.spec import CHOICES, MahaSpec
 from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.rules import check_config
-from maha_megatron.errors import ConfigError, MahaError
+from maha_megatron.errors import ConfigError, exit_code_of
 from maha_megatron.scales import RATIOS
 from maha_megatron.train import decode_report, kernel_report
 from maha_megatron.train.result_files import markdown_table, write_result
 from maha_megatron.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-EXIT_RED_GATE, EXIT_MISSED_GOAL, EXIT_USER_ERROR = 1, 1, 2
+EXIT_RED_GATE, EXIT_MISSED_GOAL = 1, 1
 # keys of a configuration whose option here has another name
 OPTION_OF = {
     "model.heads": "--heads",
@@ -362,13 +362,8 @@ def _say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments(arguments)
-    try:
-        if options.decode:
-            return run_decode(options)
-        return run_kernels(options) if options.device == "cuda" else run(options)
-    except MahaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    measure = run_decode if options.decode else run_kernels if options.device == "cuda" else run
+    return exit_code_of(lambda: measure(options))
 
 
 if __name__ == "__main__":

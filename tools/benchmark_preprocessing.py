@@ -26,7 +26,7 @@ from maha_megatron.data.prepare.documents import LeftOut, read_documents
 from maha_megatron.data.prepare.encoding import BATCH_CHARACTERS
 from maha_megatron.data.prepare.stage import parse_bytes
 from maha_megatron.data.tokenizer import load_tokenizer
-from maha_megatron.errors import MahaError
+from maha_megatron.errors import MahaError, exit_code_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE_BYTES = 32_000_000
@@ -46,11 +46,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: one per core")
     parser.add_argument("--memory-only", action="store_true", help="do not judge the speed: the machine is not quiet")
     options = parser.parse_args()
-    try:
-        report = measure(options)
-    except MahaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: judge(measure(options), options))
+
+
+def judge(report: dict[str, Any], options: argparse.Namespace) -> int:
+    """Print the figures; 1 where a goal is missed."""
     print(json.dumps(report, indent=2))
     slow = report["frac_of_tokenizer"] < GOAL_FRAC and not options.memory_only
     return int(slow or report["peak_process_bytes"] > GOAL_BYTES)

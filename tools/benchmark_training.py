@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 from maha_megatron.config import programs
 from maha_megatron.config.load import load_config
 from maha_megatron.config.schema import Config
-from maha_megatron.errors import ConfigError, MahaError
+from maha_megatron.errors import EXIT_USER_ERROR, ConfigError, MahaError
 from maha_megatron.scales import default_windows
 from maha_megatron.train import llama_peer, speed_report
 from maha_megatron.train.apart import in_a_process
@@ -69,7 +69,7 @@ from maha_megatron.train.trials import Trial, column, run_side_by_side, warmup_s
 from maha_megatron.train.verdicts import VERDICTS, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
-EXIT_MISSED, EXIT_USER_ERROR = 1, 2
+EXIT_MISSED = 1
 LOGGED_ROWS = 6  # of a run with --lengths, at least
 
 HEADER = (

@@ -20,10 +20,8 @@ from maha_megatron.config.load import load_config
 from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import Loader, SampleOrigin, build_loader
 from maha_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from maha_megatron.errors import DataError, MahaError
+from maha_megatron.errors import DataError, exit_code_of
 from maha_megatron.units import format_count
-
-EXIT_USER_ERROR = 2
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,13 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments()
-    try:
-        config = load_config(options.config, options.set)
-        print({"index": index, "explain": explain, "benchmark": benchmark}[options.command](config, options))
-    except MahaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    command = {"index": index, "explain": explain, "benchmark": benchmark}[options.command]
+    return exit_code_of(lambda: print(command(load_config(options.config, options.set), options)))
 
 
 def index(config: Config, options: argparse.Namespace) -> str:

@@ -21,9 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
 from maha_megatron.config import programs
-from maha_megatron.errors import MahaError
-
-EXIT_USER_ERROR = 2
+from maha_megatron.errors import exit_code_of
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -108,12 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    try:
-        run(options)
-    except MahaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ from maha_megatron.attention import mask_drawing
 from maha_megatron.config import programs
 from maha_megatron.config.derive import layer_attention, maha_windows, uses_maha
 from maha_megatron.config.load import load_config
-from maha_megatron.errors import ConfigError, DataError, MahaError
-
-EXIT_USER_ERROR = 2
+from maha_megatron.errors import ConfigError, DataError, exit_code_of
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,12 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    try:
-        draw_masks(options) if options.config else look_at_text(options)
-    except MahaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code_of(lambda: draw_masks(options) if options.config else look_at_text(options))
 
 
 if __name__ == "__main__":

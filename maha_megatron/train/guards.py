@@ -11,7 +11,6 @@ import torch
 from maha_megatron.errors import TrainingError
 
 EXIT_DONE = 0
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: what was trained is saved, start the same command again to go on
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from maha_megatron.data.prepare.inputs import list_inputs
 from maha_megatron.data.writing import write_whole
-from maha_megatron.errors import MahaError
+from maha_megatron.errors import exit_code_of
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED_BY_USER = 130
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -113,10 +112,9 @@ def document_progress(total_bytes: int | None, description: str) -> Iterator[Cal
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line; an error meant for the user is one line on stderr and exit code 2."""
     try:
-        main()
-    except MahaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        code = exit_code_of(main)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left behind", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED_BY_USER)
+        code = EXIT_INTERRUPTED_BY_USER
+    if code:
+        sys.exit(code)
