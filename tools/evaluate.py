@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--batch-tokens", type=int, default=16384, help="rows of one forward pass, at least a sequence (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of keys and values (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of keys and values (default: 1234)")
     parser.add_argument("--tokenizer", help="tokenizer, if it has moved since the run (default: the run's)")
     parser.add_argument(
         "--results", type=Path, help="folder of the files (default: evaluation/STEP in the run's folder)"
@@ -65,6 +65,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name} {value}: needs at least {least}")
     if options.batch_tokens < 1:
         parser.error("--batch-tokens needs at least 1")
+    for name, parts in (("distances", ("needles",)), ("pairs", ("queries",)), ("seed", ("needles", "queries"))):
+        if getattr(options, name) is not None and not any(getattr(options, part) for part in parts):
+            zero = " and ".join(f"--{part} 0" for part in parts)
+            parser.error(f"--{name} has no effect with {zero}: remove it")
     if options.samples == options.needles == options.queries == 0:
         parser.error("--samples, --needles and --queries are all 0: nothing would be measured")
     return options
@@ -89,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         queries=options.queries,
         pairs=options.pairs,
         batch_tokens=options.batch_tokens,
-        seed=options.seed,
+        seed=1234 if options.seed is None else options.seed,
     )
     trained = open_trained(checkpoint, options.tokenizer, allow_program=options.allow_program)
     findings = evaluate(trained, settings, run_folder=options.run, tokenizer_path=options.tokenizer)

@@ -69,6 +69,9 @@ def test_parts_lengths_and_data_may_be_chosen(trained: Path, corpus: Path, tmp_p
         (("--samples", 0, "--needles", 0, "--queries", 0), "nothing would be measured"),
         (("--needles", -1), "--needles -1: needs at least 0"),
         (("--batch-tokens", 0), "--batch-tokens needs at least 1"),
+        (("--needles", 0, "--distances", 128), "--distances has no effect with --needles 0: remove it"),
+        (("--queries", 0, "--pairs", 8), "--pairs has no effect with --queries 0: remove it"),
+        (("--needles", 0, "--queries", 0, "--seed", 1), "--seed has no effect with --needles 0 and --queries 0"),
     ],
 )
 def test_errors_are_one_line(trained: Path, arguments: tuple, message: str) -> None:
