@@ -232,9 +232,8 @@ class Loader:
             taken = self._mixture.taken(samples)
             return any(count > order.samples_per_epoch for count, order in zip(taken, self._orders, strict=True))
 
-        return bisect_left(
-            range(1, self._validation_samples + 1), True, key=repeats
-        )  # counts only grow with the samples
+        # counts only grow with the samples
+        return bisect_left(range(1, self._validation_samples + 1), True, key=repeats)
 
     def _micro_batch(self, places: Sequence[tuple[int, int]], counted_samples: int | None = None) -> MicroBatch:
         samples = []

@@ -136,7 +136,7 @@ def _joined(blocks: Sequence[Block]) -> Block:
 def _all_blocks(
     files: Sequence[InputFile], keys: Sequence[str], start: Position, longest_bytes: int
 ) -> Iterator[Block]:
-    before = sum(map(_size, files[: start.file]))
+    before = sum(file.size_bytes for file in files[: start.file])
     for index in range(start.file, len(files)):
         file, place = files[index], start if index == start.file else Position(index)
         reader = READERS.get(file.kind, _plain_text)
@@ -155,17 +155,9 @@ def _all_blocks(
             else:
                 where = f"{file.path} cannot be read after {place.number} lines or rows"
                 problem, of = (UNREADABLE, f"{where} ({error}): repair it or leave it out"), ()
-            content = {"problem": problem, "problem_keys": of, "read_bytes": before + _size(file)}
+            content = {"problem": problem, "problem_keys": of, "read_bytes": before + file.size_bytes}
             yield _block(file, place, Position(index + 1), **content)
-        before += _size(file)
-
-
-def _size(file: InputFile) -> int:
-    """Bytes of a file's part; 0 where it is gone or closed to us, which reading it will tell."""
-    try:
-        return (file.path.stat().st_size if file.stop is None else file.stop) - file.start
-    except OSError:
-        return 0
+        before += file.size_bytes
 
 
 def _block(file: InputFile, place: Position, end: Position, **content: Any) -> Block:
@@ -290,7 +282,7 @@ def _row_block(
 ) -> Block:
     end = replace(place, number=place.number + len(rows))
     columns = dict(zip(keys, zip(*rows, strict=True), strict=True))
-    return _block(file, place, end, columns=columns, read_bytes=_size(file) * end.number // table.metadata.num_rows)
+    return _block(file, place, end, columns=columns, read_bytes=file.size_bytes * end.number // table.metadata.num_rows)
 
 
 def _rows(table: Any, keys: Sequence[str], first: int, longest_bytes: int) -> Iterator[tuple[tuple[Any, ...], int]]:

@@ -1,7 +1,7 @@
 """The files behind input paths: the one listing that both reading and "done already" go by. Standard library only."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,14 @@ class InputFile:
         """The ending that decides how it is read, in small letters, that of its compression left out."""
         return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
 
+    @property
+    def size_bytes(self) -> int:
+        """On the disk; 0 where it is gone or closed to us, which reading it will tell."""
+        try:
+            return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+        except OSError:
+            return 0
+
 
 def list_inputs(paths: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
     """The files behind input paths, in the order in which they are read.
@@ -58,13 +66,8 @@ def _files(path: Path, argument: str, suffixes: Sequence[str] | None) -> list[In
     if path.is_file():
         return [InputFile(path, argument)]
     refused: list[OSError] = []
-    files, seen = [], set()
-    for folder, folders, names in os.walk(path, onerror=refused.append, followlinks=True):
-        if os.path.realpath(folder) in seen:  # a link may lead back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    files = []
+    for folder, _, names in _folders(path, refused.append):
         for name in names:
             file = Path(folder, name)
             if name.startswith(".") or not (suffixes is None or name.endswith(tuple(suffixes))):
@@ -82,14 +85,29 @@ def _files(path: Path, argument: str, suffixes: Sequence[str] | None) -> list[In
     return sorted(files, key=lambda file: file.path)
 
 
+def _folders(path: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, str, list[str]]]:
+    """Of a folder and those in it that are read, linked ones too, each once: its path, its real path, its names."""
+    seen = set()
+    for folder, folders, names in os.walk(path, onerror=onerror, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link may lead back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, real, names
+
+
 def refuse_output_in_input(output: Path, paths: Sequence[str]) -> None:
     """Refuse an output that the next run would read as input.
 
     Raises:
-        DataError: The output is one of the input paths or lies under one.
+        DataError: The output is one of the input paths, or lies under one or in a folder that is linked from there.
     """
+    target, folder = output.resolve(), str(output.resolve().parent)
     for name in paths:
-        if Path(name).exists() and output.resolve().is_relative_to(Path(name).resolve()):
+        under = Path(name).exists() and target.is_relative_to(Path(name).resolve())
+        if under or any(real == folder for _, real, _ in _folders(Path(name))):
             raise DataError(
                 f"the output {output} lies in the input {name} and would be read by the next run: write it elsewhere"
             )
@@ -100,7 +118,7 @@ def divide(files: Sequence[InputFile], parts: int) -> list[list[InputFile]]:
 
     Parts in which no file begins are left out, so there may be fewer than asked for.
     """
-    sizes = [0 if file.fault else file.path.stat().st_size for file in files]
+    sizes = [file.size_bytes for file in files]
     borders = [sum(sizes) * part // parts for part in range(1, parts)]
     divided: list[list[InputFile]] = [[] for _ in range(parts)]
     before = 0

@@ -7,6 +7,7 @@ import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,27 @@ def write_in_partitions(
     """
     parts = divide(files, partitions)
     shares = [[_share(output, number, len(parts)) for output in outputs] for number in range(len(parts))]
-    held = [WorkFolder(output.prefix) for output in outputs]  # so that no other command makes these pairs meanwhile
+    with ExitStack() as held:  # so that no other command makes these pairs meanwhile
+        for output in outputs:
+            held.callback(WorkFolder(output.prefix).close)
+        _write_shares(parts, shares, settings, workers, advance, say, revisions)
+    merged = [_merge(output, [share[place].prefix for share in shares]) for place, output in enumerate(outputs)]
+    for output, manifest in zip(outputs, merged, strict=True):
+        if manifest.tokens == 0:
+            raise no_text(output.prefix, manifest.bad_lines)
+    return merged
+
+
+def _write_shares(
+    parts: Sequence[Sequence[InputFile]],
+    shares: Sequence[Sequence[Output]],
+    settings: EncodingSettings,
+    workers: int,
+    advance: Callable[[int, int, int], object],
+    say: Callable[[str], object],
+    revisions: dict[str, tuple[str, str]],
+) -> None:
+    """Run the process of every partition to its end."""
     context = multiprocessing.get_context("spawn")
     messages, stops, running = context.Queue(), [context.Event() for _ in parts], {}
     for number, part in enumerate(parts):
@@ -70,13 +91,6 @@ def write_in_partitions(
         for process in running.values():
             process.terminate()
             process.join()
-        for folder in held:
-            folder.close()
-    merged = [_merge(output, [share[place].prefix for share in shares]) for place, output in enumerate(outputs)]
-    for output, manifest in zip(outputs, merged, strict=True):
-        if manifest.tokens == 0:
-            raise no_text(output.prefix, manifest.bad_lines)
-    return merged
 
 
 def _share(output: Output, number: int, parts: int) -> Output:
@@ -177,7 +191,7 @@ def _write_partition(
             )
         manifests = [read_manifest(output.prefix) for output in outputs]
         documents, text_bytes = sum(m.documents for m in manifests), sum(m.text_bytes for m in manifests)
-        tell("progress", (documents, text_bytes, sum(map(_part_bytes, files))))
+        tell("progress", (documents, text_bytes, sum(file.size_bytes for file in files)))
         tell("done")
     except Stopped:
         pass
@@ -185,7 +199,3 @@ def _write_partition(
         tell("bad line", str(error))
     except MahaError as error:
         tell("error", str(error))
-
-
-def _part_bytes(file: InputFile) -> int:
-    return (file.path.stat().st_size if file.stop is None else file.stop) - file.start

@@ -67,6 +67,10 @@ def test_an_output_among_the_inputs_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"lies in the input .*texts and would be read by the next run"):
             refuse_output_in_input(tmp_path / output, [str(tmp_path / "texts")])
     refuse_output_in_input(tmp_path / "texts2", [str(tmp_path / "texts"), "a/hub/name"])
+    (tmp_path / "linked" / "sub").mkdir(parents=True)
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "linked")
+    with pytest.raises(DataError, match=r"lies in the input .*texts and would be read by the next run"):
+        refuse_output_in_input(tmp_path / "linked" / "sub" / "p", [str(tmp_path / "texts")])
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
