@@ -3,6 +3,7 @@
 python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints registers, spills and shared memory as JSON
 """
 
+import copy
 import dataclasses
 import json
 import re
@@ -16,6 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from maha_megatron.attention import triton_sums
 from maha_megatron.attention.aggregation import triton_fusion
@@ -24,8 +27,8 @@ from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.pyramid import triton_levels
-from maha_megatron.attention.scale_attention import triton_joint, triton_scales
-from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
+from maha_megatron.attention.scale_attention import gluon_launch, triton_joint, triton_scales
+from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.attention.triton_launch import Launch
 
@@ -52,7 +55,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         else:
             signature[name] = _signature(value)
             _describe(value, (index,), attributes, constants)
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, stack = _resources(made.asm["cubin"])
     return Compiled(
@@ -108,12 +111,25 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
             "attention": call.attention(keys, q, lse, None),
+            **_by_warp_groups(call, keys, lse),
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
             "parts added up": triton_sums.adding_up(found.learned_parts, found.learned_parts[0]),
         }
     )
+
+
+def _by_warp_groups(call: triton_joint.Call, keys: torch.Tensor, lse: torch.Tensor) -> dict[str, Launch]:
+    """The forward kernel of Hopper cards, of calls with their tuning that it serves."""
+    if call.tuning.forward != tuning_for(2, (9, 0)).forward or gluon_launch.unserved(call.q, call.values):
+        return {}
+    call = copy.copy(call)
+    found = {}
+    for name, groups in {"": GroupTiles(), ", in turn": GroupTiles(overlap=False)}.items():
+        call.tuning = dataclasses.replace(call.tuning, groups=groups)
+        found[f"attention by warp groups{name}"] = call.attention(keys, call.q, lse, None)
+    return found
 
 
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
@@ -183,6 +199,8 @@ def _signature(value):
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     return "constexpr" if value is None or value == 1 else "i32"
 
 
@@ -191,6 +209,8 @@ def _describe(value, path, attributes, constants) -> None:
     if isinstance(value, tuple):
         for index, item in enumerate(value):
             _describe(item, (*path, index), attributes, constants)
+    elif isinstance(value, TensorDescriptor):
+        return
     elif value is None or (not isinstance(value, torch.Tensor) and value == 1):
         constants[path] = value
     elif isinstance(value, torch.Tensor) or value % 16 == 0:

@@ -109,6 +109,12 @@ class Call:
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
         tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse)
+        if self.tuning.groups is not None:
+            from maha_megatron.attention.scale_attention import gluon_launch  # not everywhere is Gluon
+
+            if gluon_launch.unserved(self.q, self.values) is None:
+                arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
+                return gluon_launch.launch(arguments, keys, self.q, self.values, self.tuning.groups)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 

@@ -4,6 +4,7 @@ Its times are in tools/results/attention_kernels_log_2026-11-27.md. To tune a ca
 triton.py takes other tiles.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,10 +30,30 @@ class Tiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupTiles:
+    """Tiles of the forward kernel of warp groups (gluon_forward.py).
+
+    Args:
+        keys: keys of a tile.
+        stages: tiles of keys and values in shared memory.
+        heads: 1, then a program has 128 rows of a head; 2: 64 rows of two heads, where 2 divides n/g.
+        overlap: whether a tile's values are added while the next tile's weights are made.
+        persistent: as many programs as multiprocessors, rather than one for each tile of rows.
+    """
+
+    keys: int = 64
+    stages: int = 4
+    heads: int = 1
+    overlap: bool = True
+    persistent: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
     Args:
+        groups: of the joint forward by warp groups, on Hopper cards; None: the portable kernel with `forward`.
         span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """
@@ -43,6 +64,7 @@ class Tuning:
     key_gradient: Tiles = Tiles()
     span: int = 4096
     programs: int = 2048
+    groups: GroupTiles | None = None
 
 
 def numbers_of(tuning: Tuning) -> list[int]:
@@ -50,11 +72,12 @@ def numbers_of(tuning: Tuning) -> list[int]:
     numbers = []
     for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
-    return [*numbers, tuning.span, tuning.programs]
+    groups = [] if tuning.groups is None else [int(number) for number in dataclasses.astuple(tuning.groups)]
+    return [*numbers, tuning.span, tuning.programs, *groups]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
-    *of_tiles, span, programs = numbers
+    of_tiles, (span, programs, *of_groups) = numbers[:24], numbers[24:]
     kernels = []
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
@@ -76,7 +99,12 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
         key_gradient=key_gradient,
         span=span,
         programs=programs,
+        groups=_groups_of(*of_groups) if of_groups else None,
     )
+
+
+def _groups_of(keys: int, stages: int, heads: int, overlap: int, persistent: int) -> GroupTiles:
+    return GroupTiles(keys=keys, stages=stages, heads=heads, overlap=bool(overlap), persistent=bool(persistent))
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)

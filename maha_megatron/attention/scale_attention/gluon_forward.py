@@ -1,0 +1,478 @@
+"""The forward kernel of joint attention for Hopper: what triton_forward.py computes, by warp groups that share keys.
+
+A program has two warp groups of consumers, with 64 rows each, and a warp that loads for both. Keys and values come in
+tiles of KEYS slots through a ring of STAGES tiles in shared memory; a consumer passes over tiles that none of its rows
+sees. Rows are 128 of one head, or 64 of two heads of one KV group.
+
+    loader       q q | scale 0: k v k v k v k v | scale 1: k v k v k v | ...     waits until a stage is empty
+    consumers    turn q for scale 0, attend to its tiles; turn q for scale 1 ... wait until it is full
+
+Tiles are counted back from the last slot that a row of the program sees, so that no slot behind it is read: its values
+might be no numbers, which a weight of 0 would not undo. Turned queries stay in registers; channels are read in halves.
+A program does one work after another, and the loader fetches of the next one what there is room for.
+
+With OVERLAP the values of a tile are added while the next tile's logits are made into weights. The tile that has
+weights, and values not yet added, is `held` (-1: none; weights of 0 are added then).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from maha_megatron.attention.scale_attention.triton_forward import (
+    FARTHEST,
+    LOG2_E,
+    at_lines,
+    log_of_sum,
+    only_seen,
+    seen_by_whole_tile,
+    visible_to_tile,
+)
+from maha_megatron.attention.scale_attention.triton_geometry import (
+    cosine_sine,
+    inverse_norm,
+    rotated,
+    turns,
+)
+from maha_megatron.attention.triton_slots import entries_before, past_of, visible, window_of
+
+GROUP_ROWS = gl.constexpr(64)  # of one warp group: what one matrix instruction takes
+CONSUMER_REGISTERS = gl.constexpr(240)
+LOADER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """How a warp group holds [64, columns] of fp32."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def operand_of(columns):
+    """How a warp group holds the left operand, of 16-bit numbers, of a product [64, columns]."""
+    parent = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+    return gl.DotOperandLayout(operand_index=0, parent=parent, k_width=2)
+
+
+@gluon.constexpr_function
+def written_rows(width):
+    """How a warp group writes [64, width] to memory: 16 bytes a thread, side by side."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def work_count(queries, places, HEADS: gl.constexpr):
+    return gl.cdiv(places.rows, 2 * GROUP_ROWS // HEADS) * (queries.n // HEADS)
+
+
+@gluon.jit
+def rows_and_head(work, places, HEADS: gl.constexpr, GROUP: gl.constexpr):
+    """Of a program's work: its first row, and the first row and the head of one of its warp groups."""
+    tiles = gl.cdiv(places.rows, 2 * GROUP_ROWS // HEADS)
+    start = work % tiles * (2 * GROUP_ROWS // HEADS)
+    own, head = start, work // tiles * HEADS
+    if HEADS == 1:
+        own = start + GROUP * GROUP_ROWS
+    else:
+        head = head + GROUP
+    return start, own, head
+
+
+@gluon.jit
+def ends_of(start, places, ROWS: gl.constexpr):
+    """Of ROWS rows, of which some or all may lie behind the last that there is: first; last and both documents."""
+    first = gl.minimum(start, places.rows - 1)
+    last = gl.minimum(start + ROWS, places.rows) - 1
+    first_document = gl.load(places.document_start + first).to(gl.int32)
+    return first, (last, first_document, gl.load(places.document_start + last).to(gl.int32))
+
+
+@gluon.jit
+def wait_for(barriers, tile, STAGES: gl.constexpr):
+    """Until a tile's stage is full."""
+    mbarrier.wait(barriers[0].index(tile % STAGES), (tile // STAGES) & 1)
+
+
+@gluon.jit
+def let_go(barriers, tile, STAGES: gl.constexpr):
+    mbarrier.arrive(barriers[1].index(tile % STAGES), count=1)
+
+
+@gluon.jit
+def load_queries(work, turn, queries, query_rows, places, buffers, barriers, SHAPE: gl.constexpr, HEADS: gl.constexpr):
+    """Both warp groups' raw queries, in halves; rows behind the last are zeros."""
+    BYTES: gl.constexpr = 2 * GROUP_ROWS * SHAPE.half * 2
+    for group in gl.static_range(2):
+        _start, row, head = rows_and_head(work, places, HEADS, group)
+        full, channel = barriers[0].index(group), head * queries.raw.head_stride
+        mbarrier.wait(barriers[1].index(group), (turn & 1) ^ 1)
+        mbarrier.expect(full, BYTES)
+        tma.async_copy_global_to_shared(query_rows, [row, channel], full, buffers.index(2 * group))
+        tma.async_copy_global_to_shared(query_rows, [row, channel + SHAPE.half], full, buffers.index(2 * group + 1))
+
+
+@gluon.jit
+def load_tile(
+    tile,
+    described,
+    key_at,  # row of the keys
+    value_at,  # row and first number of the values
+    buffers,
+    barriers,
+    HALF: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A tile of keys, in halves, and its values, each as soon as its stage is empty."""
+    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
+    key_buffers, value_buffers = buffers
+    key_barriers, value_barriers = barriers
+    stage, phase = tile % STAGES, ((tile // STAGES) & 1) ^ 1
+    full = key_barriers[0].index(stage)
+    mbarrier.wait(key_barriers[1].index(stage), phase)
+    mbarrier.expect(full, BYTES)
+    tma.async_copy_global_to_shared(described[0], [key_at, 0], full, key_buffers.index(2 * stage))
+    tma.async_copy_global_to_shared(described[0], [key_at, HALF], full, key_buffers.index(2 * stage + 1))
+    full = value_barriers[0].index(stage)
+    mbarrier.wait(value_barriers[1].index(stage), phase)
+    mbarrier.expect(full, BYTES)
+    tma.async_copy_global_to_shared(described[1], [value_at[0], value_at[1]], full, value_buffers.index(stage))
+
+
+@gluon.jit
+def load(
+    given,
+    described,  # rows of queries, entries of keys, and of every scale entries of values
+    shared,
+    SHAPE: gl.constexpr,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The loader: for all work of a program the queries, and the tiles of every scale that some row sees."""
+    queries, keys, places = given
+    buffers, barriers = shared
+    query_rows, key_entries, values = described
+    tile, turn = gl.to_tensor(0), gl.to_tensor(0)
+    for work in range(gl.program_id(0), work_count(queries, places, HEADS), gl.num_programs(0)):
+        load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, HEADS)
+        turn += 1
+        start, _row, head = rows_and_head(work, places, HEADS, 0)
+        group = head // queries.n_per_group
+        start, ends = ends_of(start, places, 2 * GROUP_ROWS // HEADS)
+        for scale in gl.static_range(len(SHAPE.windows)):
+            begin, end = visible_to_tile(start, ends, scale, SHAPE)
+            past = past_of(scale, SHAPE)
+            key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
+            channel = group * keys.raw_values.group_strides[scale]
+            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
+            for i in range(gl.cdiv(end - begin, KEYS)):
+                at = end - (i + 1) * KEYS
+                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half, KEYS, STAGES)
+                tile += 1
+
+
+@gluon.jit
+def query_norms(raw, SHAPE: gl.constexpr, LAYOUT: gl.constexpr, LINES: gl.constexpr):
+    """1 / the root mean square of raw queries."""
+    first, second = raw[0].load(LAYOUT).to(gl.float32), raw[1].load(LAYOUT).to(gl.float32)
+    return gl.convert_layout(inverse_norm(first, second, SHAPE.epsilon, SHAPE.half), LINES)
+
+
+@gluon.jit
+def of_head(pointer, head, channel, WIDTH: gl.constexpr):
+    """A head's vector [1, channels]."""
+    return gl.load(pointer + head * WIDTH + channel).to(gl.float32)[None, :]
+
+
+@gluon.jit
+def turned_queries(
+    raw,
+    queries,
+    head,
+    place,
+    norm,
+    places,
+    scale,
+    operand: gl.constexpr,
+    SHAPE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Queries times their gain, rotated for a scale, in two halves; and <rho_l, q> + beta_l in units of log 2."""
+    HALF: gl.constexpr = SHAPE.half
+    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
+    first = raw[0].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel, 2 * HALF)
+    second = raw[1].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel + HALF, 2 * HALF)
+    raised = gl.zeros_like(norm)
+    if SHAPE.utilities:
+        rho = queries.rho + scale * queries.n * 2 * HALF
+        learned = gl.sum(first * of_head(rho, head, channel, 2 * HALF), 1)
+        learned += gl.sum(second * of_head(rho, head, channel + HALF, 2 * HALF), 1)
+        learned = gl.convert_layout(learned, norm.type.layout) * norm
+        raised = (learned + gl.load(queries.beta + scale * queries.n + head).to(gl.float32)) * LOG2_E
+    place = gl.convert_layout(place, gl.SliceLayout(1, LAYOUT))
+    turn = turns(place, places.frequency, scale, channel, HALF, SHAPE.fast)
+    cosine, sine = cosine_sine(turn, SHAPE.fast)
+    first, second = rotated(first, second, cosine, sine)
+    return first.to(operand), second.to(operand), raised
+
+
+@gluon.jit
+def tiles_of_group(start, ends, own, own_ends, scale, SHAPE: gl.constexpr, KEYS: gl.constexpr):
+    """Of a scale's tiles, counted back from slot `end`: their number, and [near, far) that a warp group's rows see."""
+    begin, end = visible_to_tile(start, ends, scale, SHAPE)
+    own_begin, own_end = visible_to_tile(own, own_ends, scale, SHAPE)
+    near = (end - own_end) // KEYS
+    far = gl.where(own_begin < own_end, gl.cdiv(end - own_begin, KEYS), near)
+    return end, gl.cdiv(end - begin, KEYS), near, far
+
+
+@gluon.jit
+def add_held(softmax, held, ring, STAGES: gl.constexpr):
+    """Adds the values of the tile that is held, if any, and lets go of it."""
+    top, mass, fused, weight = softmax
+    if held >= 0:
+        wait_for(ring[3], held, STAGES)
+        fused = warpgroup_mma(weight, ring[1].index(held % STAGES), fused)
+        let_go(ring[3], held, STAGES)
+        weight, held = gl.zeros_like(weight), held * 0 - 1
+    return (top, mass, fused, weight), held
+
+
+@gluon.jit
+def pass_over(first, last, softmax, held, ring, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
+    """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up.
+
+    The loader must not wait for the tile that is held, before it has loaded the next one that is seen, which is the
+    earliest when it is tile `last`: if it would, what is held is added first.
+    """
+    if OVERLAP:  # noqa: SIM102 - only this is known when compiled
+        if last - held >= STAGES:
+            softmax, held = add_held(softmax, held, ring, STAGES)
+    for tile in range(first, last):
+        wait_for(ring[2], tile, STAGES)
+        wait_for(ring[3], tile, STAGES)
+        gl.thread_barrier()  # one thread lets go for all of them
+        let_go(ring[2], tile, STAGES)
+        let_go(ring[3], tile, STAGES)
+    return softmax, held
+
+
+@gluon.jit
+def weights_of(logits, of_rows, key, at, top, mass, part, KEYS: gl.constexpr, PART: gl.constexpr):
+    """A tile into the running maximum and sums: its weights, and by how much what came before shrinks."""
+    _first, _second, raised, unit, sight = of_rows
+    logits = only_seen(logits, key, at, sight, KEYS)
+    higher = gl.maximum(top, gl.max(logits, 1) * unit + raised)
+    weight = gl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
+    shrink = gl.exp2(top - higher)
+    added = gl.sum(weight, 1)
+    if PART:
+        part = part * shrink + added
+    return weight, shrink, higher, mass * shrink + added, part
+
+
+@gluon.jit
+def attend_scale(
+    of_rows,  # queries in halves, what raises and what scales logits, and what rows see
+    of_tiles,  # those seen, [first, last); tile number `zero` lies right before slot `end`
+    softmax,
+    part,
+    held,
+    ring,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    PART: gl.constexpr,
+):
+    """One scale's keys into a running softmax; as `attend_scale` of triton_forward.py."""
+    top, mass, fused, weight = softmax
+    key_buffers, value_buffers, key_barriers, value_barriers = ring
+    LOGITS: gl.constexpr = accumulator(KEYS)
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LOGITS))
+    none = gl.zeros([GROUP_ROWS, KEYS], gl.float32, LOGITS)
+    first, last, zero, end = of_tiles
+    for tile in range(first, last):
+        at, stage = end - (tile - zero + 1) * KEYS, tile % STAGES
+        wait_for(key_barriers, tile, STAGES)
+        first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
+        logits = warpgroup_mma(of_rows[0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
+        logits = warpgroup_mma(of_rows[1], second_half.permute((1, 0)), logits, is_async=True)
+        adding = gl.where(held < 0, tile, held)
+        if OVERLAP:
+            wait_for(value_barriers, adding, STAGES)
+            sums = warpgroup_mma(weight, value_buffers.index(adding % STAGES), fused, is_async=True)
+            logits = warpgroup_mma_wait(1, deps=(logits,))
+        else:
+            logits = warpgroup_mma_wait(0, deps=(logits,))
+        let_go(key_barriers, tile, STAGES)
+        of_tile, shrink, top, mass, part = weights_of(logits, of_rows, key, at, top, mass, part, KEYS, PART)
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, fused.type.layout))[:, None]
+        of_tile = gl.convert_layout(of_tile.to(weight.dtype), weight.type.layout)
+        if OVERLAP:
+            # for the next turn. Here, as the compiler would else put this end of overlap before the new weights
+            wait_for(value_barriers, tile, STAGES)
+            fused, weight, of_tile = warpgroup_mma_wait(0, deps=(sums, weight, of_tile))
+            mbarrier.arrive(value_barriers[1].index(adding % STAGES), count=1, pred=held >= 0)
+            fused, weight, held = fused * shrink, of_tile, tile
+        else:
+            wait_for(value_barriers, tile, STAGES)
+            fused = warpgroup_mma(of_tile, value_buffers.index(stage), fused * shrink)
+            let_go(value_barriers, tile, STAGES)
+    return (top, mass, fused, weight), part, held
+
+
+@gluon.jit
+def write(softmax, out, lse, head, start, row, places, SHAPE: gl.constexpr):
+    """A warp group's outputs and log-sum-exps."""
+    top, mass, fused, _weight = softmax
+    WRITTEN: gl.constexpr = written_rows(2 * SHAPE.half)
+    mass = gl.where(row < places.rows, mass, 1.0)
+    gl.store(lse + head * places.rows + row, top + gl.log2(mass), mask=row < places.rows)
+    fused *= gl.convert_layout(1 / mass, gl.SliceLayout(1, fused.type.layout))[:, None]
+    fused = gl.convert_layout(fused.to(out.tensor.dtype.element_ty), WRITTEN)
+    line = start + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, WRITTEN))
+    channel = gl.arange(0, 2 * SHAPE.half, layout=gl.SliceLayout(0, WRITTEN))
+    gl.store(at_lines(out, start, line, head, channel), fused, mask=(line < places.rows)[:, None])
+
+
+@gluon.jit
+def attend_work(
+    work,
+    turn,
+    tile,
+    given,
+    outputs,
+    shared,
+    SHAPE: gl.constexpr,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """One warp group's part of a program's work; the number of the next tile."""
+    HALF: gl.constexpr = SHAPE.half
+    LINES: gl.constexpr = gl.SliceLayout(1, accumulator(KEYS))
+    operand: gl.constexpr = given[1].prepared.dtype.element_ty
+    PART: gl.constexpr = outputs[2] is not None
+    queries, _keys, places = given
+    buffers, barriers = shared
+    ring = (buffers[1], buffers[2], barriers[1], barriers[2])
+    raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
+    start, own, head = rows_and_head(work, places, HEADS, GROUP)
+    start, ends = ends_of(start, places, 2 * GROUP_ROWS // HEADS)
+    first, own_ends = ends_of(own, places, GROUP_ROWS)
+    row = own + gl.arange(0, GROUP_ROWS, layout=LINES)
+    document = gl.load(places.document_start + gl.minimum(row, places.rows - 1)).to(gl.int32)
+    mbarrier.wait(barriers[0][0].index(GROUP), turn & 1)
+    norm = query_norms(raw, SHAPE, operand_of(KEYS), LINES)
+    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
+    none = gl.zeros([GROUP_ROWS], gl.float32, LINES)
+    fused = gl.zeros([GROUP_ROWS, 2 * HALF], gl.float32, accumulator(2 * HALF))
+    weight = gl.zeros([GROUP_ROWS, KEYS], operand, operand_of(2 * HALF))
+    softmax, held = (gl.full_like(none, FARTHEST), none, fused, weight), gl.to_tensor(-1)
+    for scale in range(len(SHAPE.windows)):
+        end, count, near, far = tiles_of_group(start, ends, first, own_ends, scale, SHAPE, KEYS)
+        see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
+        seen_from, seen_to = seen_by_whole_tile(first, own_ends, scale, SHAPE)
+        of_queries = (raw, queries, head, row - document, norm, places, scale)
+        query_first, query_second, raised = turned_queries(*of_queries, operand, SHAPE, operand_of(KEYS))
+        if scale == len(SHAPE.windows) - 1:  # the next work's queries may come
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
+        softmax, held = pass_over(tile, tile + near, softmax, held, ring, STAGES, OVERLAP)
+        of_rows = (query_first, query_second, raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
+        of_tiles = (tile + near, tile + far, tile, end)
+        softmax, part, held = attend_scale(of_rows, of_tiles, softmax, none, held, ring, KEYS, STAGES, OVERLAP, PART)
+        softmax, held = pass_over(tile + far, tile + count, softmax, held, ring, STAGES, OVERLAP)
+        tile += count
+        if PART:
+            at_part = (row.to(gl.int64) * queries.n + head) * len(SHAPE.windows) + scale
+            gl.store(outputs[2] + at_part, log_of_sum(softmax[0], part), mask=row < places.rows)
+    if OVERLAP:
+        softmax, held = add_held(softmax, held, ring, STAGES)
+    write(softmax, outputs[0], outputs[1], head, own, row, places, SHAPE)
+    return tile
+
+
+@gluon.jit
+def attend(
+    given,
+    outputs,
+    shared,
+    SHAPE: gl.constexpr,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """A consumer: its part of all work of a program."""
+    tile, turn = gl.to_tensor(0), gl.to_tensor(0)
+    for work in range(gl.program_id(0), work_count(given[0], given[2], HEADS), gl.num_programs(0)):
+        of_work = (work, turn, tile, given, outputs, shared)
+        tile = attend_work(*of_work, SHAPE, HEADS, KEYS, STAGES, OVERLAP, GROUP)
+        turn += 1
+
+
+@gluon.jit
+def barrier_pairs(COUNT: gl.constexpr, USERS: gl.constexpr):
+    """Of COUNT buffers: full, which the loader's copies complete, and empty, at which every user arrives."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=USERS)
+    return full, empty
+
+
+@gluon.jit
+def attend_by_groups_kernel(
+    query_rows,  # descriptor of [t, n d]
+    key_entries,  # of [g entries, d]
+    value_0,  # of every scale's [entries, g d]
+    value_1,
+    value_2,
+    value_3,
+    value_4,
+    value_5,
+    value_6,
+    value_7,
+    queries,
+    keys,
+    places,
+    out,  # Rows
+    lse,  # as of attend_kernel
+    scale_lse,
+    SHAPE: gl.constexpr,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    operand: gl.constexpr = keys.prepared.dtype.element_ty
+    query_buffers = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
+    key_buffers = gl.allocate_shared_memory(operand, [2 * STAGES, KEYS, SHAPE.half], key_entries.layout)
+    value_buffers = gl.allocate_shared_memory(operand, [STAGES, KEYS, 2 * SHAPE.half], value_0.layout)
+    buffers = (query_buffers, key_buffers, value_buffers)
+    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2))
+    fence_async_shared()
+    values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
+    given, shared = (queries, keys, places), (buffers, barriers)
+    gl.warp_specialize(
+        [
+            (attend, (given, (out, lse, scale_lse), shared, SHAPE, HEADS, KEYS, STAGES, OVERLAP, 0)),
+            (attend, (given, (out, lse, scale_lse), shared, SHAPE, HEADS, KEYS, STAGES, OVERLAP, 1)),
+            (load, (given, (query_rows, key_entries, values), shared, SHAPE, HEADS, KEYS, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS],
+    )
