@@ -111,7 +111,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
             "attention": call.attention(keys, q, lse, None),
-            **_by_warp_groups(call, keys, lse),
+            **_by_warp_groups(call, keys, lse, found),
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
@@ -120,12 +120,13 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     )
 
 
-def _by_warp_groups(call: triton_joint.Call, keys: torch.Tensor, lse: torch.Tensor) -> dict[str, Launch]:
-    """The forward kernel of Hopper cards, of calls with their tuning that it serves."""
+def _by_warp_groups(call: triton_joint.Call, keys, lse, made) -> dict[str, Launch]:
+    """The kernels of Hopper cards, of calls with their tuning that they serve."""
     if call.tuning.forward != tuning_for(2, (9, 0)).forward or gluon_launch.unserved(call.q, call.values):
         return {}
     call = copy.copy(call)
-    found = {}
+    call.tuning = dataclasses.replace(call.tuning, groups=GroupTiles(stages=3, gradients=True))
+    found = {"query gradients by warp groups": call.query_gradients(keys, call.q, lse, call.q, made)}
     for name, groups in {"": GroupTiles(), ", in turn": GroupTiles(overlap=False)}.items():
         call.tuning = dataclasses.replace(call.tuning, groups=groups)
         found[f"attention by warp groups{name}"] = call.attention(keys, call.q, lse, None)

@@ -246,21 +246,27 @@ def add_held(softmax, held, ring, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def pass_over(first, last, softmax, held, ring, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
-    """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up.
-
-    The loader must not wait for the tile that is held, before it has loaded the next one that is seen, which is the
-    earliest when it is tile `last`: if it would, what is held is added first.
-    """
-    if OVERLAP:  # noqa: SIM102 - only this is known when compiled
-        if last - held >= STAGES:
-            softmax, held = add_held(softmax, held, ring, STAGES)
+def skip(first, last, ring, STAGES: gl.constexpr):
+    """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up."""
     for tile in range(first, last):
         wait_for(ring[2], tile, STAGES)
         wait_for(ring[3], tile, STAGES)
         gl.thread_barrier()  # one thread lets go for all of them
         let_go(ring[2], tile, STAGES)
         let_go(ring[3], tile, STAGES)
+
+
+@gluon.jit
+def pass_over(first, last, softmax, held, ring, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
+    """`skip`, with a tile that may be held.
+
+    The loader must not wait for that tile before it has loaded the next one that is seen, which is the earliest when it
+    is tile `last`: if it would, what is held is added first.
+    """
+    if OVERLAP:  # noqa: SIM102 - only this is known when compiled
+        if last - held >= STAGES:
+            softmax, held = add_held(softmax, held, ring, STAGES)
+    skip(first, last, ring, STAGES)
     return softmax, held
 
 

@@ -1,4 +1,4 @@
-"""How the forward kernel of warp groups (gluon_forward.py) is launched, and which calls it serves."""
+"""Launches of the kernels of warp groups (gluon_forward.py, gluon_query_gradient.py), and which calls they serve."""
 
 import functools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
+from maha_megatron.attention.scale_attention.gluon_query_gradient import query_gradient_by_groups_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles
 from maha_megatron.attention.triton_launch import Launch
 
@@ -17,18 +18,33 @@ _REGISTERS = 168  # of each of 384 threads at the start; consumers then get what
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def unserved(q: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
-    """What keeps this kernel from a call, in words; None where it serves it on a Hopper card."""
+def unserved(q: torch.Tensor, values: Sequence[torch.Tensor], *others: torch.Tensor) -> str | None:
+    """What keeps these kernels from a call, in words; None where they serve it on a Hopper card.
+
+    `others`: [t, n, d], which are copied in tiles as q and values are.
+    """
     if q.dtype not in _KINDS or q.shape[-1] not in (64, 128):
         return f"{q.dtype}, heads of {q.shape[-1]} channels"
     if len(values) > _MOST_SCALES:
         return f"{len(values)} scales"
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (q, *values))
+    copied = (q, *values, *others)
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) > 0 for x in copied)
     return None if aligned else "rows that do not begin at multiples of 16 bytes"
 
 
 def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles) -> Launch:
     """With `arguments` as of attend_kernel, SHAPE included: the prepared keys, queries and values once more."""
+    described = {"OVERLAP": tiles.overlap}
+    return _launch(attend_by_groups_kernel, arguments | described, keys, q, values, tiles)
+
+
+def launch_query_gradients(arguments, keys, q, values, grad_out, tiles: GroupTiles) -> Launch:
+    """With `arguments` as of query_gradient_kernel, SHAPE included."""
+    described = {"grad_rows": _described(grad_out, _GROUP_ROWS, q.shape[2])}
+    return _launch(query_gradient_by_groups_kernel, arguments | described, keys, q, values, tiles)
+
+
+def _launch(kernel, arguments, keys, q, values, tiles: GroupTiles) -> Launch:
     rows, n, width = q.shape
     heads = tiles.heads if n // keys.shape[0] % tiles.heads == 0 else 1
     of_values = [_described(x, tiles.keys, width) for x in values] + [None] * (_MOST_SCALES - len(values))
@@ -37,11 +53,11 @@ def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, va
         "key_entries": _described(keys.view(-1, 1, width), tiles.keys, width // 2),
         **{f"value_{scale}": of_scale for scale, of_scale in enumerate(of_values)},
     }
-    sizes = {"HEADS": heads, "KEYS": tiles.keys, "STAGES": tiles.stages, "OVERLAP": tiles.overlap}
+    sizes = {"HEADS": heads, "KEYS": tiles.keys, "STAGES": tiles.stages}
     work = -(-rows * heads // (2 * _GROUP_ROWS)) * (n // heads)
     programs = min(work, _multiprocessors(q.device)) if tiles.persistent else work
     return Launch(
-        kernel=attend_by_groups_kernel,
+        kernel=kernel,
         grid=(programs,),
         arguments=described | arguments | sizes,
         options={"num_warps": 4, "maxnreg": _REGISTERS},

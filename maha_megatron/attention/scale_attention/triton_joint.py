@@ -137,6 +137,13 @@ class Call:
             self.rows_of(grad_out),
             made,
         )
+        groups = self.tuning.groups
+        if groups is not None and groups.gradients and tiles.rows == 64:  # whose parts are of 64 rows
+            from maha_megatron.attention.scale_attention import gluon_launch
+
+            if gluon_launch.unserved(self.q, self.values, grad_out) is None:
+                arguments = dict(zip(query_gradient_kernel.arg_names, (*tensors, self._shape()), strict=False))
+                return gluon_launch.launch_query_gradients(arguments, keys, self.q, self.values, grad_out, groups)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 

@@ -31,7 +31,7 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTiles:
-    """Tiles of the forward kernel of warp groups (gluon_forward.py).
+    """Tiles of the kernels of warp groups (gluon_forward.py).
 
     Args:
         keys: keys of a tile.
@@ -39,6 +39,7 @@ class GroupTiles:
         heads: 1, then a program has 128 rows of a head; 2: 64 rows of two heads, where 2 divides n/g.
         overlap: whether a tile's values are added while the next tile's weights are made.
         persistent: as many programs as multiprocessors, rather than one for each tile of rows.
+        gradients: whether gradients of queries are made by warp groups too (gluon_query_gradient.py).
     """
 
     keys: int = 64
@@ -46,6 +47,7 @@ class GroupTiles:
     heads: int = 1
     overlap: bool = True
     persistent: bool = True
+    gradients: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
     Args:
-        groups: of the joint forward by warp groups, on Hopper cards; None: the portable kernel with `forward`.
+        groups: of the joint kernels by warp groups, on Hopper cards; None: the portable kernels, with the tiles above.
         span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """
@@ -103,8 +105,11 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
     )
 
 
-def _groups_of(keys: int, stages: int, heads: int, overlap: int, persistent: int) -> GroupTiles:
-    return GroupTiles(keys=keys, stages=stages, heads=heads, overlap=bool(overlap), persistent=bool(persistent))
+def _groups_of(keys: int, stages: int, heads: int, *switches: int) -> GroupTiles:
+    overlap, persistent, gradients = (bool(switch) for switch in switches)
+    return GroupTiles(
+        keys=keys, stages=stages, heads=heads, overlap=overlap, persistent=persistent, gradients=gradients
+    )
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)

@@ -17,6 +17,7 @@ SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 # by triton 3.6, between scales, never in the loop over keys or rows (nvdisasm)
 SPILLED_BYTES = {
     "attention by warp groups": 24,
+    "query gradients by warp groups": 320,
     "query gradients": 48,
     "attention, scale by scale": 16,
     "query gradients, scale by scale": 40,
