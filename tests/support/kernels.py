@@ -3,7 +3,6 @@
 python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints registers, spills and shared memory as JSON
 """
 
-import copy
 import dataclasses
 import json
 import re
@@ -28,7 +27,7 @@ from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention import gluon_launch, triton_joint, triton_scales
-from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, Tuning, tuning_for
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.attention.triton_launch import Launch
 
@@ -77,6 +76,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     )
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
+    by_groups = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
+    tuning = dataclasses.replace(tuning, groups=None)
     call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
     keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
     made = call.made_by_key_gradients(level_keys, level_values)
@@ -111,7 +112,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
             "attention": call.attention(keys, q, lse, None),
-            **_by_warp_groups(call, keys, lse, found),
+            **_by_warp_groups(by_groups, keys, lse, found),
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
@@ -121,16 +122,15 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
 
 
 def _by_warp_groups(call: triton_joint.Call, keys, lse, made) -> dict[str, Launch]:
-    """The kernels of Hopper cards, of calls with their tuning that they serve."""
-    if call.tuning.forward != tuning_for(2, (9, 0)).forward or gluon_launch.unserved(call.q, call.values):
+    """The kernels of Hopper cards, where the table has them and they serve the call."""
+    groups = call.tuning.groups
+    if groups is None or gluon_launch.unserved(call.q, call.values):
         return {}
-    call = copy.copy(call)
-    call.tuning = dataclasses.replace(call.tuning, groups=GroupTiles(stages=3, gradients=True))
-    found = {"query gradients by warp groups": call.query_gradients(keys, call.q, lse, call.q, made)}
-    for name, groups in {"": GroupTiles(), ", in turn": GroupTiles(overlap=False)}.items():
-        call.tuning = dataclasses.replace(call.tuning, groups=groups)
-        found[f"attention by warp groups{name}"] = call.attention(keys, call.q, lse, None)
-    return found
+    call.tuning = dataclasses.replace(call.tuning, groups=dataclasses.replace(groups, gradients=True))
+    return {
+        "attention by warp groups": call.attention(keys, call.q, lse, None),
+        "query gradients by warp groups": call.query_gradients(keys, call.q, lse, call.q, made),
+    }
 
 
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:

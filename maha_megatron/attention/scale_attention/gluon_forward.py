@@ -1,18 +1,19 @@
 """The forward kernel of joint attention for Hopper: what triton_forward.py computes, by warp groups that share keys.
 
-A program has two warp groups of consumers, with 64 rows each, and a warp that loads for both. Keys and values come in
-tiles of KEYS slots through a ring of STAGES tiles in shared memory; a consumer passes over tiles that none of its rows
-sees. Rows are 128 of one head, or 64 of two heads of one KV group.
+A program has a few warp groups of consumers, with 64 rows each, and a warp that loads for all. Keys and values come in
+tiles of 64 slots through a ring of stages in shared memory; a consumer passes over tiles that none of its rows sees.
+Rows are consecutive ones of one head, or of a few heads of one KV group.
 
     loader       q q | scale 0: k v k v k v k v | scale 1: k v k v k v | ...     waits until a stage is empty
     consumers    turn q for scale 0, attend to its tiles; turn q for scale 1 ... wait until it is full
 
 Tiles are counted back from the last slot that a row of the program sees, so that no slot behind it is read: its values
-might be no numbers, which a weight of 0 would not undo. Turned queries stay in registers; channels are read in halves.
-A program does one work after another, and the loader fetches of the next one what there is room for.
+might be no numbers, which a weight of 0 would not undo. Channels are read in halves. A program does one work after
+another, and the loader fetches of the next one what there is room for.
 
-With OVERLAP the values of a tile are added while the next tile's logits are made into weights. The tile that has
-weights, and values not yet added, is `held` (-1: none; weights of 0 are added then).
+Turned queries are an operand in shared memory, or in registers. In registers they are not safe where d is 64: ptxas
+(12.8 to 13.0) gives them and weights the same registers, so that a scale's second tile meets weights instead of
+queries.
 """
 
 from triton.experimental import gluon
@@ -43,8 +44,7 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
 from maha_megatron.attention.triton_slots import entries_before, past_of, visible, window_of
 
 GROUP_ROWS = gl.constexpr(64)  # of one warp group: what one matrix instruction takes
-CONSUMER_REGISTERS = gl.constexpr(240)
-LOADER_REGISTERS = gl.constexpr(24)
+KEYS = gl.constexpr(64)  # of a tile
 
 
 @gluon.constexpr_function
@@ -67,20 +67,16 @@ def written_rows(width):
 
 
 @gluon.jit
-def work_count(queries, places, HEADS: gl.constexpr):
-    return gl.cdiv(places.rows, 2 * GROUP_ROWS // HEADS) * (queries.n // HEADS)
+def work_count(queries, places, SIZES: gl.constexpr):
+    return gl.cdiv(places.rows, SIZES.rows) * (queries.n // SIZES.heads)
 
 
 @gluon.jit
-def rows_and_head(work, places, HEADS: gl.constexpr, GROUP: gl.constexpr):
+def rows_and_head(work, places, SIZES: gl.constexpr, GROUP: gl.constexpr):
     """Of a program's work: its first row, and the first row and the head of one of its warp groups."""
-    tiles = gl.cdiv(places.rows, 2 * GROUP_ROWS // HEADS)
-    start = work % tiles * (2 * GROUP_ROWS // HEADS)
-    own, head = start, work // tiles * HEADS
-    if HEADS == 1:
-        own = start + GROUP * GROUP_ROWS
-    else:
-        head = head + GROUP
+    tiles = gl.cdiv(places.rows, SIZES.rows)
+    start = work % tiles * SIZES.rows
+    own, head = start + GROUP // SIZES.heads * GROUP_ROWS, work // tiles * SIZES.heads + GROUP % SIZES.heads
     return start, own, head
 
 
@@ -94,22 +90,37 @@ def ends_of(start, places, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def wait_for(barriers, tile, STAGES: gl.constexpr):
+def wait_for(barriers, tile):
     """Until a tile's stage is full."""
+    STAGES: gl.constexpr = barriers[0].shape[0]
     mbarrier.wait(barriers[0].index(tile % STAGES), (tile // STAGES) & 1)
 
 
 @gluon.jit
-def let_go(barriers, tile, STAGES: gl.constexpr):
+def let_go(barriers, tile):
+    """A warp group no longer reads a tile: one thread says so for all."""
+    STAGES: gl.constexpr = barriers[0].shape[0]
+    gl.thread_barrier()
     mbarrier.arrive(barriers[1].index(tile % STAGES), count=1)
 
 
 @gluon.jit
-def load_queries(work, turn, queries, query_rows, places, buffers, barriers, SHAPE: gl.constexpr, HEADS: gl.constexpr):
-    """Both warp groups' raw queries, in halves; rows behind the last are zeros."""
+def load_queries(
+    work,
+    turn,
+    queries,
+    query_rows,
+    places,
+    buffers,
+    barriers,
+    SHAPE: gl.constexpr,
+    SIZES: gl.constexpr,
+):
+    """All warp groups' raw queries, in halves; rows behind the last are zeros."""
     BYTES: gl.constexpr = 2 * GROUP_ROWS * SHAPE.half * 2
-    for group in gl.static_range(2):
-        _start, row, head = rows_and_head(work, places, HEADS, group)
+    GROUPS: gl.constexpr = SIZES.groups
+    for group in gl.static_range(GROUPS):
+        _start, row, head = rows_and_head(work, places, SIZES, group)
         full, channel = barriers[0].index(group), head * queries.raw.head_stride
         mbarrier.wait(barriers[1].index(group), (turn & 1) ^ 1)
         mbarrier.expect(full, BYTES)
@@ -126,13 +137,12 @@ def load_tile(
     buffers,
     barriers,
     HALF: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """A tile of keys, in halves, and its values, each as soon as its stage is empty."""
-    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
     key_buffers, value_buffers = buffers
     key_barriers, value_barriers = barriers
+    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
+    STAGES: gl.constexpr = value_buffers.shape[0]
     stage, phase = tile % STAGES, ((tile // STAGES) & 1) ^ 1
     full = key_barriers[0].index(stage)
     mbarrier.wait(key_barriers[1].index(stage), phase)
@@ -151,21 +161,19 @@ def load(
     described,  # rows of queries, entries of keys, and of every scale entries of values
     shared,
     SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """The loader: for all work of a program the queries, and the tiles of every scale that some row sees."""
     queries, keys, places = given
     buffers, barriers = shared
     query_rows, key_entries, values = described
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
-    for work in range(gl.program_id(0), work_count(queries, places, HEADS), gl.num_programs(0)):
-        load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, HEADS)
+    for work in range(gl.program_id(0), work_count(queries, places, SIZES), gl.num_programs(0)):
+        load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, SIZES)
         turn += 1
-        start, _row, head = rows_and_head(work, places, HEADS, 0)
+        start, _row, head = rows_and_head(work, places, SIZES, 0)
         group = head // queries.n_per_group
-        start, ends = ends_of(start, places, 2 * GROUP_ROWS // HEADS)
+        start, ends = ends_of(start, places, SIZES.rows)
         for scale in gl.static_range(len(SHAPE.windows)):
             begin, end = visible_to_tile(start, ends, scale, SHAPE)
             past = past_of(scale, SHAPE)
@@ -174,7 +182,7 @@ def load(
             of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
             for i in range(gl.cdiv(end - begin, KEYS)):
                 at = end - (i + 1) * KEYS
-                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half, KEYS, STAGES)
+                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
                 tile += 1
 
 
@@ -224,7 +232,7 @@ def turned_queries(
 
 
 @gluon.jit
-def tiles_of_group(start, ends, own, own_ends, scale, SHAPE: gl.constexpr, KEYS: gl.constexpr):
+def tiles_of_group(start, ends, own, own_ends, scale, SHAPE: gl.constexpr):
     """Of a scale's tiles, counted back from slot `end`: their number, and [near, far) that a warp group's rows see."""
     begin, end = visible_to_tile(start, ends, scale, SHAPE)
     own_begin, own_end = visible_to_tile(own, own_ends, scale, SHAPE)
@@ -234,46 +242,19 @@ def tiles_of_group(start, ends, own, own_ends, scale, SHAPE: gl.constexpr, KEYS:
 
 
 @gluon.jit
-def add_held(softmax, held, ring, STAGES: gl.constexpr):
-    """Adds the values of the tile that is held, if any, and lets go of it."""
-    top, mass, fused, weight = softmax
-    if held >= 0:
-        wait_for(ring[3], held, STAGES)
-        fused = warpgroup_mma(weight, ring[1].index(held % STAGES), fused)
-        let_go(ring[3], held, STAGES)
-        weight, held = gl.zeros_like(weight), held * 0 - 1
-    return (top, mass, fused, weight), held
-
-
-@gluon.jit
-def skip(first, last, ring, STAGES: gl.constexpr):
+def skip(first, last, ring):
     """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up."""
     for tile in range(first, last):
-        wait_for(ring[2], tile, STAGES)
-        wait_for(ring[3], tile, STAGES)
-        gl.thread_barrier()  # one thread lets go for all of them
-        let_go(ring[2], tile, STAGES)
-        let_go(ring[3], tile, STAGES)
+        wait_for(ring[2], tile)
+        wait_for(ring[3], tile)
+        let_go(ring[2], tile)
+        let_go(ring[3], tile)
 
 
 @gluon.jit
-def pass_over(first, last, softmax, held, ring, STAGES: gl.constexpr, OVERLAP: gl.constexpr):
-    """`skip`, with a tile that may be held.
-
-    The loader must not wait for that tile before it has loaded the next one that is seen, which is the earliest when it
-    is tile `last`: if it would, what is held is added first.
-    """
-    if OVERLAP:  # noqa: SIM102 - only this is known when compiled
-        if last - held >= STAGES:
-            softmax, held = add_held(softmax, held, ring, STAGES)
-    skip(first, last, ring, STAGES)
-    return softmax, held
-
-
-@gluon.jit
-def weights_of(logits, of_rows, key, at, top, mass, part, KEYS: gl.constexpr, PART: gl.constexpr):
+def weights_of(logits, of_rows, key, at, top, mass, part, PART: gl.constexpr):
     """A tile into the running maximum and sums: its weights, and by how much what came before shrinks."""
-    _first, _second, raised, unit, sight = of_rows
+    _queries, raised, unit, sight = of_rows
     logits = only_seen(logits, key, at, sight, KEYS)
     higher = gl.maximum(top, gl.max(logits, 1) * unit + raised)
     weight = gl.exp2(logits * unit[:, None] + (raised - higher)[:, None])
@@ -286,58 +267,42 @@ def weights_of(logits, of_rows, key, at, top, mass, part, KEYS: gl.constexpr, PA
 
 @gluon.jit
 def attend_scale(
-    of_rows,  # queries in halves, what raises and what scales logits, and what rows see
+    of_rows,  # turned queries in halves, what raises and what scales logits, and what rows see
     of_tiles,  # those seen, [first, last); tile number `zero` lies right before slot `end`
     softmax,
     part,
-    held,
     ring,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
     PART: gl.constexpr,
 ):
     """One scale's keys into a running softmax; as `attend_scale` of triton_forward.py."""
-    top, mass, fused, weight = softmax
+    top, mass, fused = softmax
     key_buffers, value_buffers, key_barriers, value_barriers = ring
     LOGITS: gl.constexpr = accumulator(KEYS)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, fused.type.layout, 2)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LOGITS))
     none = gl.zeros([GROUP_ROWS, KEYS], gl.float32, LOGITS)
     first, last, zero, end = of_tiles
     for tile in range(first, last):
-        at, stage = end - (tile - zero + 1) * KEYS, tile % STAGES
-        wait_for(key_barriers, tile, STAGES)
+        at, stage = end - (tile - zero + 1) * KEYS, tile % value_buffers.shape[0]
+        wait_for(key_barriers, tile)
         first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
-        logits = warpgroup_mma(of_rows[0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
-        logits = warpgroup_mma(of_rows[1], second_half.permute((1, 0)), logits, is_async=True)
-        adding = gl.where(held < 0, tile, held)
-        if OVERLAP:
-            wait_for(value_barriers, adding, STAGES)
-            sums = warpgroup_mma(weight, value_buffers.index(adding % STAGES), fused, is_async=True)
-            logits = warpgroup_mma_wait(1, deps=(logits,))
-        else:
-            logits = warpgroup_mma_wait(0, deps=(logits,))
-        let_go(key_barriers, tile, STAGES)
-        of_tile, shrink, top, mass, part = weights_of(logits, of_rows, key, at, top, mass, part, KEYS, PART)
+        logits = warpgroup_mma(of_rows[0][0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
+        logits = warpgroup_mma(of_rows[0][1], second_half.permute((1, 0)), logits, is_async=True)
+        logits = warpgroup_mma_wait(0, deps=(logits,))
+        let_go(key_barriers, tile)
+        weight, shrink, top, mass, part = weights_of(logits, of_rows, key, at, top, mass, part, PART)
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, fused.type.layout))[:, None]
-        of_tile = gl.convert_layout(of_tile.to(weight.dtype), weight.type.layout)
-        if OVERLAP:
-            # for the next turn. Here, as the compiler would else put this end of overlap before the new weights
-            wait_for(value_barriers, tile, STAGES)
-            fused, weight, of_tile = warpgroup_mma_wait(0, deps=(sums, weight, of_tile))
-            mbarrier.arrive(value_barriers[1].index(adding % STAGES), count=1, pred=held >= 0)
-            fused, weight, held = fused * shrink, of_tile, tile
-        else:
-            wait_for(value_barriers, tile, STAGES)
-            fused = warpgroup_mma(of_tile, value_buffers.index(stage), fused * shrink)
-            let_go(value_barriers, tile, STAGES)
-    return (top, mass, fused, weight), part, held
+        weight = gl.convert_layout(weight.to(value_buffers.dtype), OPERAND)
+        wait_for(value_barriers, tile)
+        fused = warpgroup_mma(weight, value_buffers.index(stage), fused * shrink)
+        let_go(value_barriers, tile)
+    return (top, mass, fused), part
 
 
 @gluon.jit
 def write(softmax, out, lse, head, start, row, places, SHAPE: gl.constexpr):
     """A warp group's outputs and log-sum-exps."""
-    top, mass, fused, _weight = softmax
+    top, mass, fused = softmax
     WRITTEN: gl.constexpr = written_rows(2 * SHAPE.half)
     mass = gl.where(row < places.rows, mass, 1.0)
     gl.store(lse + head * places.rows + row, top + gl.log2(mass), mask=row < places.rows)
@@ -357,10 +322,7 @@ def attend_work(
     outputs,
     shared,
     SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
+    SIZES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """One warp group's part of a program's work; the number of the next tile."""
@@ -372,8 +334,8 @@ def attend_work(
     buffers, barriers = shared
     ring = (buffers[1], buffers[2], barriers[1], barriers[2])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
-    start, own, head = rows_and_head(work, places, HEADS, GROUP)
-    start, ends = ends_of(start, places, 2 * GROUP_ROWS // HEADS)
+    start, own, head = rows_and_head(work, places, SIZES, GROUP)
+    start, ends = ends_of(start, places, SIZES.rows)
     first, own_ends = ends_of(own, places, GROUP_ROWS)
     row = own + gl.arange(0, GROUP_ROWS, layout=LINES)
     document = gl.load(places.document_start + gl.minimum(row, places.rows - 1)).to(gl.int32)
@@ -382,50 +344,41 @@ def attend_work(
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     none = gl.zeros([GROUP_ROWS], gl.float32, LINES)
     fused = gl.zeros([GROUP_ROWS, 2 * HALF], gl.float32, accumulator(2 * HALF))
-    weight = gl.zeros([GROUP_ROWS, KEYS], operand, operand_of(2 * HALF))
-    softmax, held = (gl.full_like(none, FARTHEST), none, fused, weight), gl.to_tensor(-1)
+    softmax = (gl.full_like(none, FARTHEST), none, fused)
     for scale in range(len(SHAPE.windows)):
-        end, count, near, far = tiles_of_group(start, ends, first, own_ends, scale, SHAPE, KEYS)
+        end, count, near, far = tiles_of_group(start, ends, first, own_ends, scale, SHAPE)
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
         seen_from, seen_to = seen_by_whole_tile(first, own_ends, scale, SHAPE)
         of_queries = (raw, queries, head, row - document, norm, places, scale)
         query_first, query_second, raised = turned_queries(*of_queries, operand, SHAPE, operand_of(KEYS))
+        query = (query_first, query_second)
+        if SIZES.shared:
+            query = (buffers[3].index(2 * GROUP), buffers[3].index(2 * GROUP + 1))
+            query[0].store(query_first)
+            query[1].store(query_second)
+        fence_async_shared()
+        gl.thread_barrier()
         if scale == len(SHAPE.windows) - 1:  # the next work's queries may come
-            fence_async_shared()
-            gl.thread_barrier()
             mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
-        softmax, held = pass_over(tile, tile + near, softmax, held, ring, STAGES, OVERLAP)
-        of_rows = (query_first, query_second, raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
+        skip(tile, tile + near, ring)
+        of_rows = (query, raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
         of_tiles = (tile + near, tile + far, tile, end)
-        softmax, part, held = attend_scale(of_rows, of_tiles, softmax, none, held, ring, KEYS, STAGES, OVERLAP, PART)
-        softmax, held = pass_over(tile + far, tile + count, softmax, held, ring, STAGES, OVERLAP)
+        softmax, part = attend_scale(of_rows, of_tiles, softmax, none, ring, PART)
+        skip(tile + far, tile + count, ring)
         tile += count
         if PART:
             at_part = (row.to(gl.int64) * queries.n + head) * len(SHAPE.windows) + scale
             gl.store(outputs[2] + at_part, log_of_sum(softmax[0], part), mask=row < places.rows)
-    if OVERLAP:
-        softmax, held = add_held(softmax, held, ring, STAGES)
     write(softmax, outputs[0], outputs[1], head, own, row, places, SHAPE)
     return tile
 
 
 @gluon.jit
-def attend(
-    given,
-    outputs,
-    shared,
-    SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    GROUP: gl.constexpr,
-):
+def attend(given, outputs, shared, SHAPE: gl.constexpr, SIZES: gl.constexpr, GROUP: gl.constexpr):
     """A consumer: its part of all work of a program."""
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
-    for work in range(gl.program_id(0), work_count(given[0], given[2], HEADS), gl.num_programs(0)):
-        of_work = (work, turn, tile, given, outputs, shared)
-        tile = attend_work(*of_work, SHAPE, HEADS, KEYS, STAGES, OVERLAP, GROUP)
+    for work in range(gl.program_id(0), work_count(given[0], given[2], SIZES), gl.num_programs(0)):
+        tile = attend_work(work, turn, tile, given, outputs, shared, SHAPE, SIZES, GROUP)
         turn += 1
 
 
@@ -438,6 +391,44 @@ def barrier_pairs(COUNT: gl.constexpr, USERS: gl.constexpr):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=USERS)
     return full, empty
+
+
+@gluon.jit
+def start_groups(given, described, made, shared, SHAPE: gl.constexpr, SIZES: gl.constexpr):
+    """Registers are those of a thread: of consumers but the first, which has what is left, and of the loader."""
+    if SIZES.groups == 2:
+        gl.warp_specialize(
+            [
+                (attend, (given, made, shared, SHAPE, SIZES, 0)),
+                (attend, (given, made, shared, SHAPE, SIZES, 1)),
+                (load, (given, described, shared, SHAPE, SIZES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    elif SIZES.groups == 3:
+        gl.warp_specialize(
+            [
+                (attend, (given, made, shared, SHAPE, SIZES, 0)),
+                (attend, (given, made, shared, SHAPE, SIZES, 1)),
+                (attend, (given, made, shared, SHAPE, SIZES, 2)),
+                (load, (given, described, shared, SHAPE, SIZES)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (attend, (given, made, shared, SHAPE, SIZES, 0)),
+                (attend, (given, made, shared, SHAPE, SIZES, 1)),
+                (attend, (given, made, shared, SHAPE, SIZES, 2)),
+                (attend, (given, made, shared, SHAPE, SIZES, 3)),
+                (load, (given, described, shared, SHAPE, SIZES)),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
+        )
 
 
 @gluon.jit
@@ -459,26 +450,20 @@ def attend_by_groups_kernel(
     lse,  # as of attend_kernel
     scale_lse,
     SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     operand: gl.constexpr = keys.prepared.dtype.element_ty
-    query_buffers = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
+    GROUPS: gl.constexpr = SIZES.groups
+    STAGES: gl.constexpr = SIZES.stages
+    query_buffers = gl.allocate_shared_memory(operand, [2 * GROUPS, GROUP_ROWS, SHAPE.half], query_rows.layout)
     key_buffers = gl.allocate_shared_memory(operand, [2 * STAGES, KEYS, SHAPE.half], key_entries.layout)
     value_buffers = gl.allocate_shared_memory(operand, [STAGES, KEYS, 2 * SHAPE.half], value_0.layout)
     buffers = (query_buffers, key_buffers, value_buffers)
-    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2))
+    if SIZES.shared:
+        turned = gl.allocate_shared_memory(operand, [2 * GROUPS, GROUP_ROWS, SHAPE.half], query_rows.layout)
+        buffers = (query_buffers, key_buffers, value_buffers, turned)
+    barriers = (barrier_pairs(GROUPS, 1), barrier_pairs(STAGES, GROUPS), barrier_pairs(STAGES, GROUPS))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
     given, shared = (queries, keys, places), (buffers, barriers)
-    gl.warp_specialize(
-        [
-            (attend, (given, (out, lse, scale_lse), shared, SHAPE, HEADS, KEYS, STAGES, OVERLAP, 0)),
-            (attend, (given, (out, lse, scale_lse), shared, SHAPE, HEADS, KEYS, STAGES, OVERLAP, 1)),
-            (load, (given, (query_rows, key_entries, values), shared, SHAPE, HEADS, KEYS, STAGES)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS],
-    )
+    start_groups(given, (query_rows, key_entries, values), (out, lse, scale_lse), shared, SHAPE, SIZES)

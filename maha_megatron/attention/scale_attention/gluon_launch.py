@@ -1,6 +1,8 @@
 """Launches of the kernels of warp groups (gluon_forward.py, gluon_query_gradient.py), and which calls they serve."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +11,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
 from maha_megatron.attention.scale_attention.gluon_query_gradient import query_gradient_by_groups_kernel
+from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles
 from maha_megatron.attention.triton_launch import Launch
 
-_GROUP_ROWS = 64
+_GROUP_ROWS = _KEYS = 64
 _MOST_SCALES = 8
-_REGISTERS = 168  # of each of 384 threads at the start; consumers then get what the loader leaves
+_REGISTERS = {2: 168, 3: 128, 4: 96}  # of each thread at the start, by groups; these then get what the loader leaves
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -34,33 +37,36 @@ def unserved(q: torch.Tensor, values: Sequence[torch.Tensor], *others: torch.Ten
 
 def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles) -> Launch:
     """With `arguments` as of attend_kernel, SHAPE included: the prepared keys, queries and values once more."""
-    described = {"OVERLAP": tiles.overlap}
-    return _launch(attend_by_groups_kernel, arguments | described, keys, q, values, tiles)
+    return _launch(attend_by_groups_kernel, arguments, keys, q, values, _sizes(tiles, q, keys))
 
 
 def launch_query_gradients(arguments, keys, q, values, grad_out, tiles: GroupTiles) -> Launch:
     """With `arguments` as of query_gradient_kernel, SHAPE included."""
     described = {"grad_rows": _described(grad_out, _GROUP_ROWS, q.shape[2])}
-    return _launch(query_gradient_by_groups_kernel, arguments | described, keys, q, values, tiles)
+    sizes = _sizes(dataclasses.replace(tiles, stages=3, groups=2, heads=1), q, keys)
+    return _launch(query_gradient_by_groups_kernel, arguments | described, keys, q, values, sizes)
 
 
-def _launch(kernel, arguments, keys, q, values, tiles: GroupTiles) -> Launch:
+def _sizes(tiles: GroupTiles, q: torch.Tensor, keys: torch.Tensor) -> GroupSizes:
+    """As the table says, with as many heads as share keys and divide the groups."""
+    heads = math.gcd(tiles.heads, tiles.groups, q.shape[1] // keys.shape[0])
+    return GroupSizes(groups=tiles.groups, heads=heads, stages=tiles.stages, shared=tiles.shared)
+
+
+def _launch(kernel, arguments, keys, q, values, sizes: GroupSizes) -> Launch:
     rows, n, width = q.shape
-    heads = tiles.heads if n // keys.shape[0] % tiles.heads == 0 else 1
-    of_values = [_described(x, tiles.keys, width) for x in values] + [None] * (_MOST_SCALES - len(values))
+    of_values = [_described(x, _KEYS, width) for x in values] + [None] * (_MOST_SCALES - len(values))
     described = {
         "query_rows": _described(q, _GROUP_ROWS, width // 2),
-        "key_entries": _described(keys.view(-1, 1, width), tiles.keys, width // 2),
+        "key_entries": _described(keys.view(-1, 1, width), _KEYS, width // 2),
         **{f"value_{scale}": of_scale for scale, of_scale in enumerate(of_values)},
     }
-    sizes = {"HEADS": heads, "KEYS": tiles.keys, "STAGES": tiles.stages}
-    work = -(-rows * heads // (2 * _GROUP_ROWS)) * (n // heads)
-    programs = min(work, _multiprocessors(q.device)) if tiles.persistent else work
+    work = -(-rows // sizes.rows) * (n // sizes.heads)
     return Launch(
         kernel=kernel,
-        grid=(programs,),
-        arguments=described | arguments | sizes,
-        options={"num_warps": 4, "maxnreg": _REGISTERS},
+        grid=(min(work, _multiprocessors(q.device)),),
+        arguments=described | arguments | {"SIZES": sizes},
+        options={"num_warps": 4, "maxnreg": _REGISTERS[sizes.groups]},
         device=q.device,
     )
 

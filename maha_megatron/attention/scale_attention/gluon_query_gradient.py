@@ -16,9 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from maha_megatron.attention.scale_attention.gluon_forward import (
-    CONSUMER_REGISTERS,
     GROUP_ROWS,
-    LOADER_REGISTERS,
+    KEYS,
     accumulator,
     barrier_pairs,
     ends_of,
@@ -48,10 +47,10 @@ from maha_megatron.attention.triton_slots import entries_before, past_of, visibl
 
 
 @gluon.jit
-def load_output_gradients(work, turn, grad_out, grad_rows, places, buffers, barriers, HEADS: gl.constexpr):
+def load_output_gradients(work, turn, grad_out, grad_rows, places, buffers, barriers, SIZES: gl.constexpr):
     """Both warp groups' dO; rows behind the last are zeros."""
     for group in gl.static_range(2):
-        _start, row, head = rows_and_head(work, places, HEADS, group)
+        _start, row, head = rows_and_head(work, places, SIZES, group)
         full = barriers[0].index(group)
         mbarrier.wait(barriers[1].index(group), (turn & 1) ^ 1)
         mbarrier.expect(full, grad_rows.block_type.nbytes)
@@ -65,22 +64,20 @@ def load(
     described,  # rows of queries and of dO, entries of keys, and of every scale entries of values
     shared,
     SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """The loader, as that of forward."""
     queries, keys, places, grad_out = given
     buffers, barriers = shared
     query_rows, grad_rows, key_entries, values = described
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
-    for work in range(gl.program_id(0), work_count(queries, places, HEADS), gl.num_programs(0)):
-        load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, HEADS)
-        load_output_gradients(work, turn, grad_out, grad_rows, places, buffers[3], barriers[3], HEADS)
+    for work in range(gl.program_id(0), work_count(queries, places, SIZES), gl.num_programs(0)):
+        load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, SIZES)
+        load_output_gradients(work, turn, grad_out, grad_rows, places, buffers[3], barriers[3], SIZES)
         turn += 1
-        start, _row, head = rows_and_head(work, places, HEADS, 0)
+        start, _row, head = rows_and_head(work, places, SIZES, 0)
         group = head // queries.n_per_group
-        start, ends = ends_of(start, places, 2 * GROUP_ROWS // HEADS)
+        start, ends = ends_of(start, places, SIZES.rows)
         for scale in gl.static_range(len(SHAPE.windows)):
             begin, end = visible_to_tile(start, ends, scale, SHAPE)
             past = past_of(scale, SHAPE)
@@ -89,31 +86,30 @@ def load(
             of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
             for i in range(gl.cdiv(end - begin, KEYS)):
                 at = end - (i + 1) * KEYS
-                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half, KEYS, STAGES)
+                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
                 tile += 1
 
 
 @gluon.jit
-def deltas(out, grad_out, start, head, places, WIDTH: gl.constexpr, LINES: gl.constexpr):
-    """<dO, out> of every row."""
-    WRITTEN: gl.constexpr = written_rows(WIDTH)
+def deltas(out, grad, start, head, places, LINES: gl.constexpr):
+    """<dO, out> of every row, dO from shared memory."""
+    WRITTEN: gl.constexpr = written_rows(grad.shape[1])
     line = start + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, WRITTEN))
-    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WRITTEN))
+    channel = gl.arange(0, grad.shape[1], layout=gl.SliceLayout(0, WRITTEN))
     there = (line < places.rows)[:, None]
-    grad = gl.load(at_lines(grad_out, start, line, head, channel), mask=there, other=0.0).to(gl.float32)
-    product = grad * gl.load(at_lines(out, start, line, head, channel), mask=there, other=0.0).to(gl.float32)
-    return gl.convert_layout(gl.sum(product, 1), LINES)
+    outputs = gl.load(at_lines(out, start, line, head, channel), mask=there, other=0.0).to(gl.float32)
+    return gl.convert_layout(gl.sum(grad.load(WRITTEN).to(gl.float32) * outputs, 1), LINES)
 
 
 @gluon.jit
-def store_turned(first, second, made, line, row, places, HALF: gl.constexpr):
-    """Turned queries to lines of [n, L, t, d]."""
-    LAYOUT: gl.constexpr = first.type.layout
-    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
-    there = (gl.convert_layout(row, gl.SliceLayout(1, LAYOUT)) < places.rows)[:, None]
-    at = made.turned + gl.convert_layout(line, gl.SliceLayout(1, LAYOUT))[:, None] * (2 * HALF) + channel[None, :]
-    gl.store(at, first, mask=there)
-    gl.store(at + HALF, second, mask=there)
+def store_turned(query, turned, lines, start, rows, HALF: gl.constexpr):
+    """A warp group's turned queries, from shared memory to lines of [n, L, t, d], of which `lines` is row 0's."""
+    WRITTEN: gl.constexpr = written_rows(HALF)
+    row = start + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, WRITTEN))
+    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, WRITTEN))
+    at = turned + lines * (2 * HALF) + row[:, None] * (2 * HALF) + channel[None, :]
+    gl.store(at, query[0].load(WRITTEN), mask=(row < rows)[:, None])
+    gl.store(at + HALF, query[1].load(WRITTEN), mask=(row < rows)[:, None])
 
 
 @gluon.jit
@@ -129,14 +125,12 @@ def turned_on(first, second, place, places, scale, SHAPE: gl.constexpr):
 @gluon.jit
 def add_scale(
     grad_query,  # in halves
-    of_rows,  # queries in halves, what scales and what is added to logits, delta, what rows see, and dO
+    of_rows,  # turned queries in halves, what scales and what is added to logits, delta, what rows see, and dO
     of_tiles,
     ring,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """What one scale's keys ask of turned queries, and the sums of dS and of P of every row."""
-    query_first, query_second, unit, offset, delta, sight, grad = of_rows
+    query, unit, offset, delta, sight, grad = of_rows
     grad_first, grad_second = grad_query
     key_buffers, value_buffers, key_barriers, value_barriers = ring
     LOGITS: gl.constexpr = accumulator(KEYS)
@@ -146,27 +140,27 @@ def add_scale(
     of_logits, of_weights = gl.zeros_like(delta), gl.zeros_like(delta)
     first, last, zero, end = of_tiles
     for tile in range(first, last):
-        at, stage = end - (tile - zero + 1) * KEYS, tile % STAGES
+        at, stage = end - (tile - zero + 1) * KEYS, tile % value_buffers.shape[0]
         first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
-        wait_for(key_barriers, tile, STAGES)
-        logits = warpgroup_mma(query_first, first_half.permute((1, 0)), none, use_acc=False, is_async=True)
-        logits = warpgroup_mma(query_second, second_half.permute((1, 0)), logits, is_async=True)
-        wait_for(value_barriers, tile, STAGES)
+        wait_for(key_barriers, tile)
+        logits = warpgroup_mma(query[0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
+        logits = warpgroup_mma(query[1], second_half.permute((1, 0)), logits, is_async=True)
+        wait_for(value_barriers, tile)
         values = value_buffers.index(stage).permute((1, 0))
         grad_weight = warpgroup_mma(grad, values, none, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(1, deps=(logits,))
         logits = logits * unit[:, None] + offset[:, None]
         weight = gl.exp2(only_seen(logits, key, at, sight, KEYS))
         grad_weight = warpgroup_mma_wait(0, deps=(grad_weight,))
-        let_go(value_barriers, tile, STAGES)
+        let_go(value_barriers, tile)
         grad_logits = weight * (grad_weight - delta[:, None])
         of_logits += gl.sum(grad_logits, 1)
         of_weights += gl.sum(weight, 1)
-        grad_logits = gl.convert_layout(grad_logits.to(query_first.dtype), OPERAND)
-        first_sum = warpgroup_mma(grad_logits, first_half, grad_first, is_async=True)
-        second_sum = warpgroup_mma(grad_logits, second_half, grad_second, is_async=True)
-        grad_first, grad_second, grad_logits = warpgroup_mma_wait(0, deps=(first_sum, second_sum, grad_logits))
-        let_go(key_barriers, tile, STAGES)
+        grad_logits = gl.convert_layout(grad_logits.to(value_buffers.dtype), OPERAND)
+        grad_first = warpgroup_mma(grad_logits, first_half, grad_first, is_async=True)
+        grad_second = warpgroup_mma(grad_logits, second_half, grad_second, is_async=True)
+        grad_first, grad_second, grad_logits = warpgroup_mma_wait(0, deps=(grad_first, grad_second, grad_logits))
+        let_go(key_barriers, tile)
     return grad_first, grad_second, of_logits, of_weights
 
 
@@ -248,26 +242,19 @@ def finish(
 
 
 @gluon.jit
-def begin_scale(
-    halves,
-    of_queries,  # what turned_queries takes
-    own_lse,
-    made,
-    row,
-    scale,
-    operand: gl.constexpr,
-    SHAPE: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Turns queries and dq' to a scale's angles; stores queries and offsets, and returns their lines too."""
-    _raw, _queries, head, place, _norm, places, _scale = of_queries
-    first, second, raised = turned_queries(*of_queries, operand, SHAPE, LAYOUT)
-    line = (head * len(SHAPE.windows) + scale).to(gl.int64) * places.rows + row
-    store_turned(first, second, made, line, row, places, SHAPE.half)
+def begin_scale(halves, of_queries, query, own_lse, made, start, row, SHAPE: gl.constexpr):
+    """Turns queries and dq' to a scale's angles; stores queries and offsets, and returns row 0's line of them too."""
+    _raw, _queries, head, place, _norm, places, scale = of_queries
+    line = (head * len(SHAPE.windows) + scale).to(gl.int64) * places.rows
+    first, second, raised = turned_queries(*of_queries, query[0].dtype, SHAPE, operand_of(KEYS))
+    query[0].store(first)
+    query[1].store(second)
+    fence_async_shared()
+    gl.thread_barrier()
+    store_turned(query, made.turned, line, start, places.rows, SHAPE.half)
     offset = raised - own_lse
-    gl.store(made.offsets + line, offset, mask=row < places.rows)
-    halves = turned_on(halves[0], halves[1], place, places, scale, SHAPE)
-    return halves, first, second, offset, line
+    gl.store(made.offsets + line + row, offset, mask=row < places.rows)
+    return turned_on(halves[0], halves[1], place, places, scale, SHAPE), offset, line
 
 
 @gluon.jit
@@ -279,75 +266,61 @@ def work_of_group(
     outputs,
     shared,
     SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    SIZES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """One warp group's part of a program's work; the number of the next tile."""
     HALF: gl.constexpr = SHAPE.half
     LINES: gl.constexpr = gl.SliceLayout(1, accumulator(KEYS))
-    operand: gl.constexpr = given[1].prepared.dtype.element_ty
-    queries, _keys, places, grad_out = given
+    queries, _keys, places, _grad_out = given
     out, lse, made = outputs
     buffers, barriers = shared
     ring = (buffers[1], buffers[2], barriers[1], barriers[2])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
-    start, own, head = rows_and_head(work, places, HEADS, GROUP)
-    start, ends = ends_of(start, places, 2 * GROUP_ROWS // HEADS)
+    query = (buffers[4].index(2 * GROUP), buffers[4].index(2 * GROUP + 1))
+    start, own, head = rows_and_head(work, places, SIZES, GROUP)
+    start, ends = ends_of(start, places, SIZES.rows)
     first, own_ends = ends_of(own, places, GROUP_ROWS)
     row = own + gl.arange(0, GROUP_ROWS, layout=LINES)
     inside, of_head_row = row < places.rows, head * places.rows + row
     place = row - gl.load(places.document_start + gl.minimum(row, places.rows - 1)).to(gl.int32)
-    delta = deltas(out, grad_out, own, head, places, 2 * HALF, LINES)
-    gl.store(made.delta + of_head_row, delta, mask=inside)
     own_lse = gl.load(lse + of_head_row, mask=inside, other=0.0)
     mbarrier.wait(barriers[0][0].index(GROUP), turn & 1)
     mbarrier.wait(barriers[3][0].index(GROUP), turn & 1)
+    delta = deltas(out, buffers[3].index(GROUP), own, head, places, LINES)
+    gl.store(made.delta + of_head_row, delta, mask=inside)
     norm = query_norms(raw, SHAPE, operand_of(KEYS), LINES)
     gl.store(made.norms + of_head_row, norm, mask=inside)
     unit, total = norm * (LOG2_E / (2 * HALF) ** 0.5), gl.zeros_like(norm)
     grad_first = gl.zeros([GROUP_ROWS, HALF], gl.float32, accumulator(HALF))
     grad_second = grad_first
     for scale in range(len(SHAPE.windows)):
-        tiles = tiles_of_group(start, ends, first, own_ends, scale, SHAPE, KEYS)
+        tiles = tiles_of_group(start, ends, first, own_ends, scale, SHAPE)
         see_from, see_to = visible(row, row - place, window_of(scale, SHAPE), SHAPE.ratio, scale)
         seen_from, seen_to = seen_by_whole_tile(first, own_ends, scale, SHAPE)
         of_queries, halves = (raw, queries, head, place, norm, places, scale), (grad_first, grad_second)
-        begun = begin_scale(halves, of_queries, own_lse, made, row, scale, operand, SHAPE, operand_of(KEYS))
-        halves, query_first, query_second, offset, line = begun
-        skip(tile, tile + tiles[2], ring, STAGES)
-        sight, grads = (see_from, see_to, 0, 0, seen_from, seen_to), buffers[3].index(GROUP)
-        of_rows = (query_first, query_second, unit, offset, delta, sight, grads)
-        of_tiles = (tile + tiles[2], tile + tiles[3], tile, tiles[0])
-        added = add_scale(halves, of_rows, of_tiles, ring, KEYS, STAGES)
+        halves, offset, line = begin_scale(halves, of_queries, query, own_lse, made, own, row, SHAPE)
+        skip(tile, tile + tiles[2], ring)
+        of_rows = (query, unit, offset, delta, (see_from, see_to, 0, 0, seen_from, seen_to), buffers[3].index(GROUP))
+        added = add_scale(halves, of_rows, (tile + tiles[2], tile + tiles[3], tile, tiles[0]), ring)
         grad_first, grad_second = added[0], added[1]
-        skip(tile + tiles[3], tile + tiles[1], ring, STAGES)
+        skip(tile + tiles[3], tile + tiles[1], ring)
         tile += tiles[1]
         if SHAPE.utilities:
-            gl.store(made.utility_gradients + line, added[2], mask=inside)
-            gl.store(made.shares + line, added[3], mask=inside)
+            gl.store(made.utility_gradients + line + row, added[2], mask=inside)
+            gl.store(made.shares + line + row, added[3], mask=inside)
             total += added[2]
-    places_of_row = (place, row, own, head)
-    finish((grad_first, grad_second), raw, norm, total, places_of_row, queries, places, made, barriers, SHAPE, GROUP)
+    of_rows = (place, row, own, head)
+    finish((grad_first, grad_second), raw, norm, total, of_rows, queries, places, made, barriers, SHAPE, GROUP)
     return tile
 
 
 @gluon.jit
-def make(
-    given,
-    outputs,
-    shared,
-    SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
+def make(given, outputs, shared, SHAPE: gl.constexpr, SIZES: gl.constexpr, GROUP: gl.constexpr):
     """A consumer: its part of all work of a program."""
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
-    for work in range(gl.program_id(0), work_count(given[0], given[2], HEADS), gl.num_programs(0)):
-        tile = work_of_group(work, turn, tile, given, outputs, shared, SHAPE, HEADS, KEYS, STAGES, GROUP)
+    for work in range(gl.program_id(0), work_count(given[0], given[2], SIZES), gl.num_programs(0)):
+        tile = work_of_group(work, turn, tile, given, outputs, shared, SHAPE, SIZES, GROUP)
         turn += 1
 
 
@@ -372,26 +345,26 @@ def query_gradient_by_groups_kernel(
     grad_out,  # Rows
     made,
     SHAPE: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     operand: gl.constexpr = keys.prepared.dtype.element_ty
+    STAGES: gl.constexpr = SIZES.stages
     query_buffers = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
     key_buffers = gl.allocate_shared_memory(operand, [2 * STAGES, KEYS, SHAPE.half], key_entries.layout)
     value_buffers = gl.allocate_shared_memory(operand, [STAGES, KEYS, 2 * SHAPE.half], value_0.layout)
     grad_buffers = gl.allocate_shared_memory(operand, [2, GROUP_ROWS, 2 * SHAPE.half], grad_rows.layout)
-    buffers = (query_buffers, key_buffers, value_buffers, grad_buffers)
+    turned = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
+    buffers = (query_buffers, key_buffers, value_buffers, grad_buffers, turned)
     barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2), barrier_pairs(2, 1))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
     given, shared = (queries, keys, places, grad_out), (buffers, barriers)
     gl.warp_specialize(
         [
-            (make, (given, (out, lse, made), shared, SHAPE, HEADS, KEYS, STAGES, 0)),
-            (make, (given, (out, lse, made), shared, SHAPE, HEADS, KEYS, STAGES, 1)),
-            (load, (given, (query_rows, grad_rows, key_entries, values), shared, SHAPE, HEADS, KEYS, STAGES)),
+            (make, (given, (out, lse, made), shared, SHAPE, SIZES, 0)),
+            (make, (given, (out, lse, made), shared, SHAPE, SIZES, 1)),
+            (load, (given, (query_rows, grad_rows, key_entries, values), shared, SHAPE, SIZES)),
         ],
         [4, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS],
+        [240, 24],
     )

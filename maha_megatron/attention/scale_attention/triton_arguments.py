@@ -102,3 +102,25 @@ class Shape:
     fast: bool
     utilities: bool
     precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSizes:
+    """Of the kernels of warp groups, more numbers that they are compiled for.
+
+    Args:
+        groups: warp groups of a program that share keys, with 64 rows each.
+        heads: query heads that these are of.
+        stages: tiles of keys and values in shared memory.
+        shared: whether turned queries are in shared memory.
+    """
+
+    groups: int
+    heads: int
+    stages: int
+    shared: bool
+
+    @property
+    def rows(self) -> int:
+        """Of a program."""
+        return 64 * self.groups // self.heads

@@ -34,19 +34,17 @@ class GroupTiles:
     """Tiles of the kernels of warp groups (gluon_forward.py).
 
     Args:
-        keys: keys of a tile.
+        groups: warp groups of a program, 2 to 4, with 64 rows of a head each.
+        heads: of a program, at most, of one KV group; they have the same rows, 64 groups / heads consecutive ones.
         stages: tiles of keys and values in shared memory.
-        heads: 1, then a program has 128 rows of a head; 2: 64 rows of two heads, where 2 divides n/g.
-        overlap: whether a tile's values are added while the next tile's weights are made.
-        persistent: as many programs as multiprocessors, rather than one for each tile of rows.
+        shared: whether turned queries are in shared memory, rather than in registers.
         gradients: whether gradients of queries are made by warp groups too (gluon_query_gradient.py).
     """
 
-    keys: int = 64
+    groups: int = 2
+    heads: int = 2
     stages: int = 4
-    heads: int = 1
-    overlap: bool = True
-    persistent: bool = True
+    shared: bool = True
     gradients: bool = False
 
 
@@ -105,11 +103,8 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
     )
 
 
-def _groups_of(keys: int, stages: int, heads: int, *switches: int) -> GroupTiles:
-    overlap, persistent, gradients = (bool(switch) for switch in switches)
-    return GroupTiles(
-        keys=keys, stages=stages, heads=heads, overlap=overlap, persistent=persistent, gradients=gradients
-    )
+def _groups_of(groups: int, heads: int, stages: int, shared: int, gradients: int) -> GroupTiles:
+    return GroupTiles(groups=groups, heads=heads, stages=stages, shared=bool(shared), gradients=bool(gradients))
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)
@@ -117,6 +112,7 @@ _HOPPER = Tuning(
     forward=Tiles(stages=3),
     query_gradient=Tiles(keys=32, stages=3),
     key_gradient=Tiles(rows=32, stages=3),
+    groups=GroupTiles(),
 )
 # within the 99 KB of shared memory that a program has on the smallest cards of that age
 _ANY = Tuning(
