@@ -14,25 +14,18 @@ ROOT = Path(__file__).parents[3]
 # of one program: Ampere and Ada at their least, and Hopper
 SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
-# of heads of so many channels, by triton 3.6, between scales, never in the loop over keys or rows (nvdisasm)
+# by triton 3.6, between scales, never in the loop over keys or rows (nvdisasm); of games at any width
+OF_GAMES = {"equilibrium, a game, 8 scales": 16, "continuation, a game": 8, "continuation, nash": 8}
 SPILLED_BYTES = {
-    32: {
-        "equilibrium, a game, 8 scales": 16,
-        "continuation, a game": 8,
-        "continuation, nash": 8,
-    },
-    64: {
-        "query gradients by warp groups": 24,
-    },
-    128: {
+    32: OF_GAMES,
+    64: OF_GAMES | {"query gradients by warp groups": 24},
+    128: OF_GAMES
+    | {
         "attention by warp groups": 32,
         "query gradients by warp groups": 416,
         "query gradients": 48,
         "attention, scale by scale": 16,
         "query gradients, scale by scale": 40,
-        "equilibrium, a game, 8 scales": 16,
-        "continuation, a game": 8,
-        "continuation, nash": 8,
     },
 }
 
