@@ -21,6 +21,7 @@ from maha_megatron.attention.scale_attention.gluon_forward import (
     accumulator,
     barrier_pairs,
     ends_of,
+    group_barrier,
     let_go,
     load_queries,
     load_tile,
@@ -208,7 +209,7 @@ def store_gradients(halves, normal, norm, total, place, row, start, head, querie
     first, second = rotated(first, second, cosine, -sine)
     first, second = first * (2 * HALF) ** -0.5, second * (2 * HALF) ** -0.5
     if SHAPE.utilities:
-        gl.thread_barrier()  # what is read now was written before, perhaps by other threads
+        group_barrier()  # what is read now was written before, perhaps by other threads
         of_rows = (total, row, start, head, queries, places, made)
         first, second = through_utilities((first, second), normal, *of_rows, SHAPE)
     part, mine = at_part(made, queries, start, head, 0, SHAPE) + channel, (channel < HALF) & (start < places.rows)
@@ -235,7 +236,7 @@ def finish(
     norm, total = gl.convert_layout(norm, ACROSS), gl.convert_layout(total, ACROSS)
     normal = (raw[0].load(HALVES).to(gl.float32) * norm[:, None], raw[1].load(HALVES).to(gl.float32) * norm[:, None])
     fence_async_shared()
-    gl.thread_barrier()
+    group_barrier()
     mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
     mbarrier.arrive(barriers[3][1].index(GROUP), count=1)
     store_gradients(halves, normal, norm, total, place, row, start, head, queries, places, made, SHAPE)
@@ -250,7 +251,7 @@ def begin_scale(halves, of_queries, query, own_lse, made, start, row, SHAPE: gl.
     query[0].store(first)
     query[1].store(second)
     fence_async_shared()
-    gl.thread_barrier()
+    group_barrier()
     store_turned(query, made.turned, line, start, places.rows, SHAPE.half)
     offset = raised - own_lse
     gl.store(made.offsets + line + row, offset, mask=row < places.rows)
