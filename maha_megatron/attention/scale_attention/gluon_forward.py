@@ -139,20 +139,16 @@ def load_tile(
     barriers,
     HALF: gl.constexpr,
 ):
-    """A tile of keys, in halves, and its values, each as soon as its stage is empty."""
+    """A tile of keys, in halves, and its values, as soon as its stage is empty."""
     key_buffers, value_buffers = buffers
-    key_barriers, value_barriers = barriers
-    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
+    BYTES: gl.constexpr = 2 * KEYS * 2 * HALF * 2
     STAGES: gl.constexpr = value_buffers.shape[0]
-    stage, phase = tile % STAGES, ((tile // STAGES) & 1) ^ 1
-    full = key_barriers[0].index(stage)
-    mbarrier.wait(key_barriers[1].index(stage), phase)
+    stage = tile % STAGES
+    full = barriers[0].index(stage)
+    mbarrier.wait(barriers[1].index(stage), ((tile // STAGES) & 1) ^ 1)
     mbarrier.expect(full, BYTES)
     tma.async_copy_global_to_shared(described[0], [key_at, 0], full, key_buffers.index(2 * stage))
     tma.async_copy_global_to_shared(described[0], [key_at, HALF], full, key_buffers.index(2 * stage + 1))
-    full = value_barriers[0].index(stage)
-    mbarrier.wait(value_barriers[1].index(stage), phase)
-    mbarrier.expect(full, BYTES)
     tma.async_copy_global_to_shared(described[1], [value_at[0], value_at[1]], full, value_buffers.index(stage))
 
 
@@ -180,7 +176,7 @@ def load(
             past = past_of(scale, SHAPE)
             key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
             channel = group * keys.raw_values.group_strides[scale]
-            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
+            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), barriers[1])
             for i in range(gl.cdiv(end - begin, KEYS)):
                 at = end - (i + 1) * KEYS
                 load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
@@ -247,9 +243,7 @@ def skip(first, last, ring):
     """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up."""
     for tile in range(first, last):
         wait_for(ring[2], tile)
-        wait_for(ring[3], tile)
         let_go(ring[2], tile)
-        let_go(ring[3], tile)
 
 
 @gluon.jit
@@ -277,7 +271,7 @@ def attend_scale(
 ):
     """One scale's keys into a running softmax; as `attend_scale` of triton_forward.py."""
     top, mass, fused = softmax
-    key_buffers, value_buffers, key_barriers, value_barriers = ring
+    key_buffers, value_buffers, barriers = ring
     LOGITS: gl.constexpr = accumulator(KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, fused.type.layout, 2)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LOGITS))
@@ -285,18 +279,16 @@ def attend_scale(
     first, last, zero, end = of_tiles
     for tile in range(first, last):
         at, stage = end - (tile - zero + 1) * KEYS, tile % value_buffers.shape[0]
-        wait_for(key_barriers, tile)
+        wait_for(barriers, tile)
         first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
         logits = warpgroup_mma(of_rows[0][0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
         logits = warpgroup_mma(of_rows[0][1], second_half.permute((1, 0)), logits, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
-        let_go(key_barriers, tile)
         weight, shrink, top, mass, part = weights_of(logits, of_rows, key, at, top, mass, part, PART)
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, fused.type.layout))[:, None]
         weight = gl.convert_layout(weight.to(value_buffers.dtype), OPERAND)
-        wait_for(value_barriers, tile)
         fused = warpgroup_mma(weight, value_buffers.index(stage), fused * shrink)
-        let_go(value_barriers, tile)
+        let_go(barriers, tile)
     return (top, mass, fused), part
 
 
@@ -333,7 +325,7 @@ def attend_work(
     PART: gl.constexpr = outputs[2] is not None
     queries, _keys, places = given
     buffers, barriers = shared
-    ring = (buffers[1], buffers[2], barriers[1], barriers[2])
+    ring = (buffers[1], buffers[2], barriers[1])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
     start, own, head = rows_and_head(work, places, SIZES, GROUP)
     start, ends = ends_of(start, places, SIZES.rows)
@@ -463,7 +455,7 @@ def attend_by_groups_kernel(
     if SIZES.shared:
         turned = gl.allocate_shared_memory(operand, [2 * GROUPS, GROUP_ROWS, SHAPE.half], query_rows.layout)
         buffers = (query_buffers, key_buffers, value_buffers, turned)
-    barriers = (barrier_pairs(GROUPS, 1), barrier_pairs(STAGES, GROUPS), barrier_pairs(STAGES, GROUPS))
+    barriers = (barrier_pairs(GROUPS, 1), barrier_pairs(STAGES, GROUPS))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
     given, shared = (queries, keys, places), (buffers, barriers)

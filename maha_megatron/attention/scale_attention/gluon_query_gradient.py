@@ -74,7 +74,7 @@ def load(
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
     for work in range(gl.program_id(0), work_count(queries, places, SIZES), gl.num_programs(0)):
         load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, SIZES)
-        load_output_gradients(work, turn, grad_out, grad_rows, places, buffers[3], barriers[3], SIZES)
+        load_output_gradients(work, turn, grad_out, grad_rows, places, buffers[3], barriers[2], SIZES)
         turn += 1
         start, _row, head = rows_and_head(work, places, SIZES, 0)
         group = head // queries.n_per_group
@@ -84,7 +84,7 @@ def load(
             past = past_of(scale, SHAPE)
             key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
             channel = group * keys.raw_values.group_strides[scale]
-            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
+            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), barriers[1])
             for i in range(gl.cdiv(end - begin, KEYS)):
                 at = end - (i + 1) * KEYS
                 load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
@@ -133,7 +133,7 @@ def add_scale(
     """What one scale's keys ask of turned queries, and the sums of dS and of P of every row."""
     query, unit, offset, delta, sight, grad = of_rows
     grad_first, grad_second = grad_query
-    key_buffers, value_buffers, key_barriers, value_barriers = ring
+    key_buffers, value_buffers, barriers = ring
     LOGITS: gl.constexpr = accumulator(KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, grad_first.type.layout, 2)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LOGITS))
@@ -143,17 +143,15 @@ def add_scale(
     for tile in range(first, last):
         at, stage = end - (tile - zero + 1) * KEYS, tile % value_buffers.shape[0]
         first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
-        wait_for(key_barriers, tile)
+        wait_for(barriers, tile)
         logits = warpgroup_mma(query[0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
         logits = warpgroup_mma(query[1], second_half.permute((1, 0)), logits, is_async=True)
-        wait_for(value_barriers, tile)
         values = value_buffers.index(stage).permute((1, 0))
         grad_weight = warpgroup_mma(grad, values, none, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(1, deps=(logits,))
         logits = logits * unit[:, None] + offset[:, None]
         weight = gl.exp2(only_seen(logits, key, at, sight, KEYS))
         grad_weight = warpgroup_mma_wait(0, deps=(grad_weight,))
-        let_go(value_barriers, tile)
         grad_logits = weight * (grad_weight - delta[:, None])
         of_logits += gl.sum(grad_logits, 1)
         of_weights += gl.sum(weight, 1)
@@ -161,7 +159,7 @@ def add_scale(
         grad_first = warpgroup_mma(grad_logits, first_half, grad_first, is_async=True)
         grad_second = warpgroup_mma(grad_logits, second_half, grad_second, is_async=True)
         grad_first, grad_second, grad_logits = warpgroup_mma_wait(0, deps=(grad_first, grad_second, grad_logits))
-        let_go(key_barriers, tile)
+        let_go(barriers, tile)
     return grad_first, grad_second, of_logits, of_weights
 
 
@@ -238,7 +236,7 @@ def finish(
     fence_async_shared()
     group_barrier()
     mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
-    mbarrier.arrive(barriers[3][1].index(GROUP), count=1)
+    mbarrier.arrive(barriers[2][1].index(GROUP), count=1)
     store_gradients(halves, normal, norm, total, place, row, start, head, queries, places, made, SHAPE)
 
 
@@ -276,7 +274,7 @@ def work_of_group(
     queries, _keys, places, _grad_out = given
     out, lse, made = outputs
     buffers, barriers = shared
-    ring = (buffers[1], buffers[2], barriers[1], barriers[2])
+    ring = (buffers[1], buffers[2], barriers[1])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
     query = (buffers[4].index(2 * GROUP), buffers[4].index(2 * GROUP + 1))
     start, own, head = rows_and_head(work, places, SIZES, GROUP)
@@ -287,7 +285,7 @@ def work_of_group(
     place = row - gl.load(places.document_start + gl.minimum(row, places.rows - 1)).to(gl.int32)
     own_lse = gl.load(lse + of_head_row, mask=inside, other=0.0)
     mbarrier.wait(barriers[0][0].index(GROUP), turn & 1)
-    mbarrier.wait(barriers[3][0].index(GROUP), turn & 1)
+    mbarrier.wait(barriers[2][0].index(GROUP), turn & 1)
     delta = deltas(out, buffers[3].index(GROUP), own, head, places, LINES)
     gl.store(made.delta + of_head_row, delta, mask=inside)
     norm = query_norms(raw, SHAPE, operand_of(KEYS), LINES)
@@ -356,7 +354,7 @@ def query_gradient_by_groups_kernel(
     grad_buffers = gl.allocate_shared_memory(operand, [2, GROUP_ROWS, 2 * SHAPE.half], grad_rows.layout)
     turned = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
     buffers = (query_buffers, key_buffers, value_buffers, grad_buffers, turned)
-    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2), barrier_pairs(2, 1))
+    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(2, 1))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
     given, shared = (queries, keys, places, grad_out), (buffers, barriers)

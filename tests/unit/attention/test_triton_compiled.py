@@ -21,8 +21,8 @@ SPILLED_BYTES = {
     64: OF_GAMES | {"query gradients by warp groups": 24},
     128: OF_GAMES
     | {
-        "attention by warp groups": 32,
-        "query gradients by warp groups": 416,
+        "attention by warp groups": 40,
+        "query gradients by warp groups": 424,
         "query gradients": 48,
         "attention, scale by scale": 16,
         "query gradients, scale by scale": 40,
