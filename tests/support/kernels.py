@@ -26,7 +26,7 @@ from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.pyramid import triton_levels
-from maha_megatron.attention.scale_attention import gluon_launch, triton_joint, triton_scales
+from maha_megatron.attention.scale_attention import triton_joint, triton_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.attention.triton_launch import Launch
@@ -36,11 +36,16 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of one launch, for one program and thread."""
+    """What the compiler made of one launch, for one program and thread.
+
+    Args:
+        lost_operands: of a kernel by warp groups, registers of queries that weights overwrite between tiles of keys.
+    """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    lost_operands: int
     ptx: str
 
 
@@ -58,7 +63,11 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, stack = _resources(made.asm["cubin"])
     return Compiled(
-        registers=registers, spilled_bytes=stack, shared_bytes=made.metadata.shared, ptx=str(made.asm["ptx"])
+        registers=registers,
+        spilled_bytes=stack,
+        shared_bytes=made.metadata.shared,
+        lost_operands=_lost_operands(made.asm["cubin"]) if kernel.is_gluon() else 0,
+        ptx=str(made.asm["ptx"]),
     )
 
 
@@ -112,25 +121,13 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
             "attention": call.attention(keys, q, lse, None),
-            **_by_warp_groups(by_groups, keys, lse, found),
+            "attention, as the table has it": by_groups.attention(keys, q, lse, None),
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
             "parts added up": triton_sums.adding_up(found.learned_parts, found.learned_parts[0]),
         }
     )
-
-
-def _by_warp_groups(call: triton_joint.Call, keys, lse, made) -> dict[str, Launch]:
-    """The kernels of Hopper cards, where the table has them and they serve the call."""
-    groups = call.tuning.groups
-    if groups is None or gluon_launch.unserved(call.q, call.values):
-        return {}
-    call.tuning = dataclasses.replace(call.tuning, groups=dataclasses.replace(groups, gradients=True))
-    return {
-        "attention by warp groups": call.attention(keys, call.q, lse, None),
-        "query gradients by warp groups": call.query_gradients(keys, call.q, lse, call.q, made),
-    }
 
 
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
@@ -220,14 +217,31 @@ def _describe(value, path, attributes, constants) -> None:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack per thread: what a kernel without arrays of its own has there was spilled."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = _said("cuobjdump", "--dump-resource-usage", cubin)
+    registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
+    return int(registers[1]), int(stack[1])
+
+
+def _lost_operands(cubin: bytes) -> int:
+    """Left operands of products with keys, which stay the same over tiles, in registers that weights take as well."""
+    queries, lost, of_weights = set(), set(), True
+    for product in re.finditer(r"HGMMA\S* R\d+, R(\d+), gdesc\[\w+\](\.tnspB)?", _said("nvdisasm", "-c", cubin)):
+        registers = set(range(int(product[1]), int(product[1]) + 4))
+        if product[2]:  # values, which lie the other way round
+            lost |= queries & registers
+        else:
+            queries = registers if of_weights else queries | registers  # after weights, those of another warp group
+        of_weights = bool(product[2])
+    return len(lost)
+
+
+def _said(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that Triton carries says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
-    return int(registers[1]), int(stack[1])
+        command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def chosen(launches: dict[str, Launch], which: str) -> dict[str, Launch]:

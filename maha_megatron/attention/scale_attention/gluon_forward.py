@@ -1,8 +1,8 @@
 """The forward kernel of joint attention for Hopper: what triton_forward.py computes, by warp groups that share keys.
 
-A program has a few warp groups of consumers, with 64 rows each, and a warp that loads for all. Keys and values come in
+A program has two warp groups of consumers, with 64 rows each, and a warp that loads for both. Keys and values come in
 tiles of 64 slots through a ring of stages in shared memory; a consumer passes over tiles that none of its rows sees.
-Rows are consecutive ones of one head, or of a few heads of one KV group.
+Rows are 128 of one head, or 64 of two heads of one KV group.
 
     loader       q q | scale 0: k v k v k v k v | scale 1: k v k v k v | ...     waits until a stage is empty
     consumers    turn q for scale 0, attend to its tiles; turn q for scale 1 ... wait until it is full
@@ -11,9 +11,8 @@ Tiles are counted back from the last slot that a row of the program sees, so tha
 might be no numbers, which a weight of 0 would not undo. Channels are read in halves. A program does one work after
 another, and the loader fetches of the next one what there is room for.
 
-Turned queries are an operand in shared memory, or in registers. In registers they are not safe where d is 64: ptxas
-(12.8 to 13.0) gives them and weights the same registers, so that a scale's second tile meets weights instead of
-queries.
+Turned queries are operands in registers where d is 128, which is faster, and in shared memory where d is 64: ptxas
+(12.8 to 13.0) would give them and weights the same registers, and a scale's second tile would meet weights instead.
 """
 
 from triton.experimental import gluon
@@ -77,8 +76,8 @@ def rows_and_head(work, places, SIZES: gl.constexpr, GROUP: gl.constexpr):
     """Of a program's work: its first row, and the first row and the head of one of its warp groups."""
     tiles = gl.cdiv(places.rows, SIZES.rows)
     start = work % tiles * SIZES.rows
-    own, head = start + GROUP // SIZES.heads * GROUP_ROWS, work // tiles * SIZES.heads + GROUP % SIZES.heads
-    return start, own, head
+    head = work // tiles * SIZES.heads + GROUP % SIZES.heads
+    return start, start + GROUP // SIZES.heads * GROUP_ROWS, head
 
 
 @gluon.jit
@@ -117,10 +116,9 @@ def load_queries(
     SHAPE: gl.constexpr,
     SIZES: gl.constexpr,
 ):
-    """All warp groups' raw queries, in halves; rows behind the last are zeros."""
+    """Both warp groups' raw queries, in halves; rows behind the last are zeros."""
     BYTES: gl.constexpr = 2 * GROUP_ROWS * SHAPE.half * 2
-    GROUPS: gl.constexpr = SIZES.groups
-    for group in gl.static_range(GROUPS):
+    for group in gl.static_range(2):
         _start, row, head = rows_and_head(work, places, SIZES, group)
         full, channel = barriers[0].index(group), head * queries.raw.head_stride
         mbarrier.wait(barriers[1].index(group), (turn & 1) ^ 1)
@@ -139,16 +137,20 @@ def load_tile(
     barriers,
     HALF: gl.constexpr,
 ):
-    """A tile of keys, in halves, and its values, as soon as its stage is empty."""
+    """A tile of keys, in halves, and its values, each as soon as its stage is empty."""
     key_buffers, value_buffers = buffers
-    BYTES: gl.constexpr = 2 * KEYS * 2 * HALF * 2
+    key_barriers, value_barriers = barriers
+    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
     STAGES: gl.constexpr = value_buffers.shape[0]
-    stage = tile % STAGES
-    full = barriers[0].index(stage)
-    mbarrier.wait(barriers[1].index(stage), ((tile // STAGES) & 1) ^ 1)
+    stage, phase = tile % STAGES, ((tile // STAGES) & 1) ^ 1
+    full = key_barriers[0].index(stage)
+    mbarrier.wait(key_barriers[1].index(stage), phase)
     mbarrier.expect(full, BYTES)
     tma.async_copy_global_to_shared(described[0], [key_at, 0], full, key_buffers.index(2 * stage))
     tma.async_copy_global_to_shared(described[0], [key_at, HALF], full, key_buffers.index(2 * stage + 1))
+    full = value_barriers[0].index(stage)
+    mbarrier.wait(value_barriers[1].index(stage), phase)
+    mbarrier.expect(full, BYTES)
     tma.async_copy_global_to_shared(described[1], [value_at[0], value_at[1]], full, value_buffers.index(stage))
 
 
@@ -176,7 +178,7 @@ def load(
             past = past_of(scale, SHAPE)
             key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
             channel = group * keys.raw_values.group_strides[scale]
-            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), barriers[1])
+            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
             for i in range(gl.cdiv(end - begin, KEYS)):
                 at = end - (i + 1) * KEYS
                 load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
@@ -243,7 +245,9 @@ def skip(first, last, ring):
     """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up."""
     for tile in range(first, last):
         wait_for(ring[2], tile)
+        wait_for(ring[3], tile)
         let_go(ring[2], tile)
+        let_go(ring[3], tile)
 
 
 @gluon.jit
@@ -271,7 +275,7 @@ def attend_scale(
 ):
     """One scale's keys into a running softmax; as `attend_scale` of triton_forward.py."""
     top, mass, fused = softmax
-    key_buffers, value_buffers, barriers = ring
+    key_buffers, value_buffers, key_barriers, value_barriers = ring
     LOGITS: gl.constexpr = accumulator(KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, fused.type.layout, 2)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LOGITS))
@@ -279,16 +283,18 @@ def attend_scale(
     first, last, zero, end = of_tiles
     for tile in range(first, last):
         at, stage = end - (tile - zero + 1) * KEYS, tile % value_buffers.shape[0]
-        wait_for(barriers, tile)
+        wait_for(key_barriers, tile)
         first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
         logits = warpgroup_mma(of_rows[0][0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
         logits = warpgroup_mma(of_rows[0][1], second_half.permute((1, 0)), logits, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
+        let_go(key_barriers, tile)
         weight, shrink, top, mass, part = weights_of(logits, of_rows, key, at, top, mass, part, PART)
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, fused.type.layout))[:, None]
         weight = gl.convert_layout(weight.to(value_buffers.dtype), OPERAND)
+        wait_for(value_barriers, tile)
         fused = warpgroup_mma(weight, value_buffers.index(stage), fused * shrink)
-        let_go(barriers, tile)
+        let_go(value_barriers, tile)
     return (top, mass, fused), part
 
 
@@ -325,7 +331,7 @@ def attend_work(
     PART: gl.constexpr = outputs[2] is not None
     queries, _keys, places = given
     buffers, barriers = shared
-    ring = (buffers[1], buffers[2], barriers[1])
+    ring = (buffers[1], buffers[2], barriers[1], barriers[2])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
     start, own, head = rows_and_head(work, places, SIZES, GROUP)
     start, ends = ends_of(start, places, SIZES.rows)
@@ -387,44 +393,6 @@ def barrier_pairs(COUNT: gl.constexpr, USERS: gl.constexpr):
 
 
 @gluon.jit
-def start_groups(given, described, made, shared, SHAPE: gl.constexpr, SIZES: gl.constexpr):
-    """Registers are those of a thread: of consumers but the first, which has what is left, and of the loader."""
-    if SIZES.groups == 2:
-        gl.warp_specialize(
-            [
-                (attend, (given, made, shared, SHAPE, SIZES, 0)),
-                (attend, (given, made, shared, SHAPE, SIZES, 1)),
-                (load, (given, described, shared, SHAPE, SIZES)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    elif SIZES.groups == 3:
-        gl.warp_specialize(
-            [
-                (attend, (given, made, shared, SHAPE, SIZES, 0)),
-                (attend, (given, made, shared, SHAPE, SIZES, 1)),
-                (attend, (given, made, shared, SHAPE, SIZES, 2)),
-                (load, (given, described, shared, SHAPE, SIZES)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (attend, (given, made, shared, SHAPE, SIZES, 0)),
-                (attend, (given, made, shared, SHAPE, SIZES, 1)),
-                (attend, (given, made, shared, SHAPE, SIZES, 2)),
-                (attend, (given, made, shared, SHAPE, SIZES, 3)),
-                (load, (given, described, shared, SHAPE, SIZES)),
-            ],
-            [4, 4, 4, 1],
-            [112, 112, 112, 24],
-        )
-
-
-@gluon.jit
 def attend_by_groups_kernel(
     query_rows,  # descriptor of [t, n d]
     key_entries,  # of [g entries, d]
@@ -446,17 +414,24 @@ def attend_by_groups_kernel(
     SIZES: gl.constexpr,
 ):
     operand: gl.constexpr = keys.prepared.dtype.element_ty
-    GROUPS: gl.constexpr = SIZES.groups
     STAGES: gl.constexpr = SIZES.stages
-    query_buffers = gl.allocate_shared_memory(operand, [2 * GROUPS, GROUP_ROWS, SHAPE.half], query_rows.layout)
+    query_buffers = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
     key_buffers = gl.allocate_shared_memory(operand, [2 * STAGES, KEYS, SHAPE.half], key_entries.layout)
     value_buffers = gl.allocate_shared_memory(operand, [STAGES, KEYS, 2 * SHAPE.half], value_0.layout)
     buffers = (query_buffers, key_buffers, value_buffers)
     if SIZES.shared:
-        turned = gl.allocate_shared_memory(operand, [2 * GROUPS, GROUP_ROWS, SHAPE.half], query_rows.layout)
+        turned = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
         buffers = (query_buffers, key_buffers, value_buffers, turned)
-    barriers = (barrier_pairs(GROUPS, 1), barrier_pairs(STAGES, GROUPS))
+    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
-    given, shared = (queries, keys, places), (buffers, barriers)
-    start_groups(given, (query_rows, key_entries, values), (out, lse, scale_lse), shared, SHAPE, SIZES)
+    given, shared, made = (queries, keys, places), (buffers, barriers), (out, lse, scale_lse)
+    gl.warp_specialize(
+        [
+            (attend, (given, made, shared, SHAPE, SIZES, 0)),
+            (attend, (given, made, shared, SHAPE, SIZES, 1)),
+            (load, (given, (query_rows, key_entries, values), shared, SHAPE, SIZES)),
+        ],
+        [4, 1],
+        [240, 24],  # registers of a thread: of a consumer, the other has as many, and of the loader
+    )

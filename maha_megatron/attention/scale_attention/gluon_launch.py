@@ -1,6 +1,5 @@
-"""Launches of the kernels of warp groups (gluon_forward.py, gluon_query_gradient.py), and which calls they serve."""
+"""Launches of the kernel of warp groups (gluon_forward.py), and which calls it serves."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -10,50 +9,28 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
-from maha_megatron.attention.scale_attention.gluon_query_gradient import query_gradient_by_groups_kernel
 from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles
 from maha_megatron.attention.triton_launch import Launch
 
 _GROUP_ROWS = _KEYS = 64
 _MOST_SCALES = 8
-_REGISTERS = {2: 168, 3: 128, 4: 96}  # of each thread at the start, by groups; these then get what the loader leaves
+_REGISTERS = 168  # of each of 384 threads at the start; consumers then get what the loader leaves
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def unserved(q: torch.Tensor, values: Sequence[torch.Tensor], *others: torch.Tensor) -> str | None:
-    """What keeps these kernels from a call, in words; None where they serve it on a Hopper card.
-
-    `others`: [t, n, d], which are copied in tiles as q and values are.
-    """
+def unserved(q: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
+    """What keeps the kernel from a call, in words; None where it serves it on a Hopper card."""
     if q.dtype not in _KINDS or q.shape[-1] not in (64, 128):
         return f"{q.dtype}, heads of {q.shape[-1]} channels"
     if len(values) > _MOST_SCALES:
         return f"{len(values)} scales"
-    copied = (q, *values, *others)
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) > 0 for x in copied)
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) > 0 for x in (q, *values))
     return None if aligned else "rows that do not begin at multiples of 16 bytes"
 
 
 def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles) -> Launch:
     """With `arguments` as of attend_kernel, SHAPE included: the prepared keys, queries and values once more."""
-    return _launch(attend_by_groups_kernel, arguments, keys, q, values, _sizes(tiles, q, keys))
-
-
-def launch_query_gradients(arguments, keys, q, values, grad_out, tiles: GroupTiles) -> Launch:
-    """With `arguments` as of query_gradient_kernel, SHAPE included."""
-    described = {"grad_rows": _described(grad_out, _GROUP_ROWS, q.shape[2])}
-    sizes = _sizes(dataclasses.replace(tiles, stages=3, groups=2, heads=1), q, keys)
-    return _launch(query_gradient_by_groups_kernel, arguments | described, keys, q, values, sizes)
-
-
-def _sizes(tiles: GroupTiles, q: torch.Tensor, keys: torch.Tensor) -> GroupSizes:
-    """As the table says, with as many heads as share keys and divide the groups."""
-    heads = math.gcd(tiles.heads, tiles.groups, q.shape[1] // keys.shape[0])
-    return GroupSizes(groups=tiles.groups, heads=heads, stages=tiles.stages, shared=tiles.shared)
-
-
-def _launch(kernel, arguments, keys, q, values, sizes: GroupSizes) -> Launch:
     rows, n, width = q.shape
     of_values = [_described(x, _KEYS, width) for x in values] + [None] * (_MOST_SCALES - len(values))
     described = {
@@ -61,12 +38,14 @@ def _launch(kernel, arguments, keys, q, values, sizes: GroupSizes) -> Launch:
         "key_entries": _described(keys.view(-1, 1, width), _KEYS, width // 2),
         **{f"value_{scale}": of_scale for scale, of_scale in enumerate(of_values)},
     }
-    work = -(-rows // sizes.rows) * (n // sizes.heads)
+    heads = math.gcd(tiles.heads, n // keys.shape[0])
+    sizes = GroupSizes(heads=heads, stages=tiles.stages, shared=width < tiles.registers_from)
+    work = -(-rows // sizes.rows) * (n // heads)
     return Launch(
-        kernel=kernel,
+        kernel=attend_by_groups_kernel,
         grid=(min(work, _multiprocessors(q.device)),),
         arguments=described | arguments | {"SIZES": sizes},
-        options={"num_warps": 4, "maxnreg": _REGISTERS[sizes.groups]},
+        options={"num_warps": 4, "maxnreg": _REGISTERS},
         device=q.device,
     )
 

@@ -106,16 +106,14 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSizes:
-    """Of the kernels of warp groups, more numbers that they are compiled for.
+    """More numbers that the kernel of warp groups is compiled for.
 
     Args:
-        groups: warp groups of a program that share keys, with 64 rows each.
-        heads: query heads that these are of.
+        heads: query heads of a program, 1 or 2.
         stages: tiles of keys and values in shared memory.
-        shared: whether turned queries are in shared memory.
+        shared: whether turned queries are in shared memory, rather than in registers.
     """
 
-    groups: int
     heads: int
     stages: int
     shared: bool
@@ -123,4 +121,4 @@ class GroupSizes:
     @property
     def rows(self) -> int:
         """Of a program."""
-        return 64 * self.groups // self.heads
+        return 128 // self.heads

@@ -109,7 +109,7 @@ class Call:
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
         tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse)
-        if self.tuning.groups is not None:
+        if self.tuning.groups is not None and compiled():
             from maha_megatron.attention.scale_attention import gluon_launch  # not everywhere is Gluon
 
             if gluon_launch.unserved(self.q, self.values) is None:
@@ -137,13 +137,6 @@ class Call:
             self.rows_of(grad_out),
             made,
         )
-        groups = self.tuning.groups
-        if groups is not None and groups.gradients and tiles.rows == 64:  # whose parts are of 64 rows
-            from maha_megatron.attention.scale_attention import gluon_launch
-
-            if gluon_launch.unserved(self.q, self.values, grad_out) is None:
-                arguments = dict(zip(query_gradient_kernel.arg_names, (*tensors, self._shape()), strict=False))
-                return gluon_launch.launch_query_gradients(arguments, keys, self.q, self.values, grad_out, groups)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 

@@ -1,7 +1,7 @@
 """How large the tiles of each kernel are: one table, looked up by card and dtype, never searched at run time.
 
-Its times are in tools/results/attention_kernels_log_2026-11-27.md. To tune a card: `attend(..., tuning=Tuning(...))` of
-triton.py takes other tiles.
+Its times are in tools/results/attention_kernels_log_2026-11-27.md, those of warp groups in the README of attention. To
+tune a card: `attend(..., tuning=Tuning(...))` of triton.py takes other tiles.
 """
 
 import dataclasses
@@ -31,21 +31,17 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTiles:
-    """Tiles of the kernels of warp groups (gluon_forward.py).
+    """Tiles of the kernel of warp groups (gluon_forward.py), which has two of 64 rows in a program.
 
     Args:
-        groups: warp groups of a program, 2 to 4, with 64 rows of a head each.
-        heads: of a program, at most, of one KV group; they have the same rows, 64 groups / heads consecutive ones.
-        stages: tiles of keys and values in shared memory.
-        shared: whether turned queries are in shared memory, rather than in registers.
-        gradients: whether gradients of queries are made by warp groups too (gluon_query_gradient.py).
+        heads: 2, then a program has 64 rows of two heads, where 2 divides n/g; otherwise 128 rows of one.
+        stages: tiles of 64 keys and values in shared memory.
+        registers_from: heads of at least so many channels have turned queries in registers, others in shared memory.
     """
 
-    groups: int = 2
     heads: int = 2
     stages: int = 4
-    shared: bool = True
-    gradients: bool = False
+    registers_from: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +49,7 @@ class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
     Args:
-        groups: of the joint kernels by warp groups, on Hopper cards; None: the portable kernels, with the tiles above.
+        groups: of the joint forward by warp groups, on Hopper cards; None: the portable kernel, with `forward`.
         span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """
@@ -72,7 +68,7 @@ def numbers_of(tuning: Tuning) -> list[int]:
     numbers = []
     for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
-    groups = [] if tuning.groups is None else [int(number) for number in dataclasses.astuple(tuning.groups)]
+    groups = [] if tuning.groups is None else list(dataclasses.astuple(tuning.groups))
     return [*numbers, tuning.span, tuning.programs, *groups]
 
 
@@ -99,12 +95,15 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
         key_gradient=key_gradient,
         span=span,
         programs=programs,
-        groups=_groups_of(*of_groups) if of_groups else None,
+        groups=_groups_of(of_groups),
     )
 
 
-def _groups_of(groups: int, heads: int, stages: int, shared: int, gradients: int) -> GroupTiles:
-    return GroupTiles(groups=groups, heads=heads, stages=stages, shared=bool(shared), gradients=bool(gradients))
+def _groups_of(numbers: Sequence[int]) -> GroupTiles | None:
+    if not numbers:
+        return None
+    heads, stages, registers_from = numbers
+    return GroupTiles(heads=heads, stages=stages, registers_from=registers_from)
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)

@@ -18,11 +18,9 @@ SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 OF_GAMES = {"equilibrium, a game, 8 scales": 16, "continuation, a game": 8, "continuation, nash": 8}
 SPILLED_BYTES = {
     32: OF_GAMES,
-    64: OF_GAMES | {"query gradients by warp groups": 24},
+    64: OF_GAMES,
     128: OF_GAMES
     | {
-        "attention by warp groups": 40,
-        "query gradients by warp groups": 424,
         "query gradients": 48,
         "attention, scale by scale": 16,
         "query gradients, scale by scale": 40,
@@ -44,7 +42,8 @@ def compiled(capability: int, width: int, dtype: str, which: str = "all") -> dic
 
 
 def check(found: dict[str, dict[str, int]], capability: int, width: int, dtype: str) -> None:
-    """Shared memory of every kernel, and on Hopper what it spills."""
+    """Shared memory of every kernel, and on Hopper what it spills; none loses an operand."""
+    assert {name: one["lost_operands"] for name, one in found.items() if one["lost_operands"]} == {}
     assert {
         name: one["shared_bytes"] for name, one in found.items() if one["shared_bytes"] > SHARED_BYTES[capability]
     } == {}
