@@ -93,6 +93,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     single = triton_scales.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
+    parts_of = (found.learned_parts, made.gain_parts)
+    sums_of = [x[0] for x in parts_of]
     of_scales = single.found_by_query_gradients(given)
     by_scale = {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
@@ -111,7 +113,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
-            "parts added up": triton_sums.adding_up(found.learned_parts, found.learned_parts[0]),
+            "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
     )
 
