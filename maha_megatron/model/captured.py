@@ -9,10 +9,12 @@ Validation, generation and the pass that measures the scales' weights take the k
 the same kernels on the same numbers.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 
+from maha_megatron.attention.spec import AttentionParameters
 from maha_megatron.errors import EnvironmentMismatch, TrainingError
 from maha_megatron.model.maha_core_attention import MahaCoreAttention
 
@@ -36,7 +38,11 @@ class CapturedAttention:
         self._layer, self._grad_out = layer, grad_out
         self._qkv = [torch.randn(rows, heads, d, **like).requires_grad_() for heads in (n, g, g)]
         self._start_t = torch.zeros(rows, dtype=torch.int32, device=like["device"])
-        self._parameters = list(layer.parameters())
+        named = dict(layer.named_parameters())
+        self._parameters = list(named.values())
+        # the same memory under leaves of the graphs' own: an optimizer's hooks hold the parameters' nodes to the
+        # default stream, which must not be drawn into a capture
+        self._leaves = {name: parameter.detach().requires_grad_() for name, parameter in named.items()}
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
         self._out: torch.Tensor | None = None
@@ -44,19 +50,23 @@ class CapturedAttention:
 
     def forward(self) -> None:
         """The operator on the graphs' own buffers."""
-        self._out = self._layer.attend(*self._qkv, self._start_t).out_tnd
+        learned = AttentionParameters(**self._leaves)
+        self._out = self._layer.attend(*self._qkv, self._start_t, learned).out_tnd
 
     def backward(self) -> None:
         """Its gradients, of queries, keys, values and parameters."""
-        self._grads = torch.autograd.grad(self._out, [*self._qkv, *self._parameters], self._grad_out)
+        self._grads = torch.autograd.grad(self._out, [*self._qkv, *self._leaves.values()], self._grad_out)
 
     def capture(self, *, backward: bool, pool: tuple[int, int]) -> None:
         graph = self._graphs[backward]
         graph.capture_begin(pool=pool, capture_error_mode=_ONLY_THIS_THREAD)
         try:
             self.backward() if backward else self.forward()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # says only that there was an error
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
     def serves(self, query: torch.Tensor) -> bool:
         """Whether this is a training pass of the shape that was captured."""

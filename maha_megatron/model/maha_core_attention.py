@@ -6,7 +6,7 @@ import torch
 
 from maha_megatron.attention.aggregation.stated_program import UnsolvedProgram
 from maha_megatron.attention.api import MahaOutput, maha_attention
-from maha_megatron.attention.spec import MahaSpec, maha_parameter_specs
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec, maha_parameter_specs
 from maha_megatron.errors import ProgramError
 from maha_megatron.model.bounds import DocumentBounds
 from maha_megatron.model.learned import LearnedAttention, local_heads
@@ -60,7 +60,7 @@ class MahaCoreAttention(LearnedAttention):
         if self.captured is not None and self.captured.serves(query) and not self.collect_scale_weights:
             return self.captured(query, key, value, start_t).flatten(1)
         try:
-            result = self.attend(query, key, value, start_t)
+            result = self.attend(query, key, value, start_t, self.learned())
         except UnsolvedProgram as error:
             raise self._placed(error, start_t, query.shape[1]) from error
         self.solve_totals = None if result.solves is None else SolveTotals.of(result.solves)
@@ -68,14 +68,14 @@ class MahaCoreAttention(LearnedAttention):
             self.scale_weights_l = result.scale_weights_tnl.detach().float().mean(dim=(0, 1))
         return result.out_tnd.flatten(1)
 
-    def attend(self, query, key, value, start_t) -> MahaOutput:
-        """The operator with this layer's parameters; shapes as `forward` has them."""
+    def attend(self, query, key, value, start_t, learned: AttentionParameters) -> MahaOutput:
+        """The operator; shapes as `forward` has them."""
         return maha_attention(
             query,
             key,
             value,
             start_t,
-            self.learned(),
+            learned,
             self.spec,
             backend=self.backend,
             with_weights=self.collect_scale_weights,

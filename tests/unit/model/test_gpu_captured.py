@@ -21,6 +21,8 @@ CONFIG = tiny_config(
     model__head_width=64,
     model__ffn_hidden=512,
     model__vocabulary=1000,
+    model__layers=3,
+    model__attention=("maha", "dense", "maha"),
     model__loss_chunk_tokens=256,
     train__precision="bf16",
     maha__backend="triton",
@@ -56,6 +58,9 @@ def refuse(*_) -> None:
 def test_loss_and_gradients_are_bitwise_those_without_graphs():
     """Of several micro-batches in turn, and again once the parameters have changed in their place."""
     model = random_model(CONFIG, device="cuda")
+    nodes = [
+        x.expand_as(x).grad_fn.next_functions[0][0] for x in model.parameters()
+    ]  # as an optimizer's hooks hold them
     with deterministic_algorithms():
         before = [loss_and_gradients(model, batch) for batch in batches()]
         capture_attention(model, ROWS)
@@ -71,6 +76,7 @@ def test_loss_and_gradients_are_bitwise_those_without_graphs():
             layer.captured, layer.attend = None, attend
         assert different(model, changed) == []
     assert not torch.equal(changed[0]["loss"], before[0]["loss"])
+    assert len(nodes) > 0
 
 
 def test_gradients_of_several_micro_batches_add_up():
