@@ -49,10 +49,12 @@ class Call:
     """One call's tensors and numbers, as the kernels take them."""
 
     def __init__(self, q, k, query_gain, key_gain, document_start, rope_base: float, epsilon: float):
+        assert (query_gain is None) == (key_gain is None), "gains of queries or keys alone"
         self.x = (lined_up(q), lined_up(k))
         self.gains = None if query_gain is None else (query_gain.contiguous(), key_gain.contiguous())
         self.document_start, self.rope_base, self.epsilon = document_start.contiguous(), rope_base, epsilon
         (self.rows, self.n, self.d), self.g = q.shape, k.shape[1]
+        self.heads = self.n + self.g
         self.tiles = triton.cdiv(self.rows, _ROWS)
 
     def _launch(self, kernel: triton.JITFunction, **tensors) -> Launch:
@@ -61,14 +63,14 @@ class Call:
         arguments = tensors | {
             "x": heads_of(self.x),
             "gains": self.gains,
-            "packed": Packed(self.document_start, frequency, self.rows, self.n),
+            "packed": Packed(self.document_start, frequency, self.rows, self.n, self.heads),
             "EPSILON": self.epsilon,
             "NORMALISED": self.gains is not None,
             "HALF": self.d // 2,
             "FAST": dtype.itemsize == 2 and compiled(),
             "ROWS": _ROWS,
         }
-        grid = (self.n + self.g, self.tiles)
+        grid = (self.tiles * self.heads,)  # of one axis: the others end at 65,535, which is two million rows
         return Launch(kernel=kernel, grid=grid, arguments=arguments, options={"num_warps": 4}, device=device)
 
     def turning(self, turned) -> Launch:
@@ -85,12 +87,12 @@ class Call:
     def backward(self, grad) -> list[torch.Tensor]:
         """Gradients of q and k and, where there are gains, of theirs."""
         grad_x = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.x]
-        heads, wide = self.n + self.g, {"dtype": torch.float32, "device": self.x[0].device}
-        parts = torch.empty((self.tiles, heads, self.d), **wide) if self.gains else None
+        wide = {"dtype": torch.float32, "device": self.x[0].device}
+        parts = torch.empty((self.tiles, self.heads, self.d), **wide) if self.gains else None
         self.gradients([lined_up(x) for x in grad], grad_x, parts).run()
         if not self.gains:
             return grad_x
-        sums = torch.empty((heads, self.d), **wide)
+        sums = torch.empty((self.heads, self.d), **wide)
         adding_up([(parts, sums)]).run()
         of_gains = zip(sums.split((self.n, self.g)), self.gains, strict=True)
         return grad_x + [total.to(gain.dtype, copy=True) for total, gain in of_gains]

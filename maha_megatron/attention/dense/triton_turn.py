@@ -22,12 +22,21 @@ class Heads(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """document_start [t], F of every channel pair (triton_geometry.py), and how many rows and query heads there are."""
+    """document_start [t], F of every channel pair (triton_geometry.py), and how many rows, query heads and heads."""
 
     document_start: torch.Tensor
     frequency: torch.Tensor
     rows: int
     n: int
+    heads: int
+
+
+@triton.jit
+def place(packed, ROWS: tl.constexpr):
+    """A program's tile, its head, its rows and which of them there are; programs of the same rows run together."""
+    tile, head = tl.program_id(0) // packed.heads, tl.program_id(0) % packed.heads
+    row = tile * ROWS + tl.arange(0, ROWS)
+    return tile, head, row, row < packed.rows
 
 
 @triton.jit
@@ -36,7 +45,7 @@ def head_lines(of, head, n, row, HALF: tl.constexpr):
     is_key = head >= n
     base = tl.where(is_key, of.tensors[1], of.tensors[0])
     row_stride = tl.where(is_key, of.row_strides[1], of.row_strides[0]).to(tl.int64)
-    head_stride = tl.where(is_key, of.head_strides[1], of.head_strides[0])
+    head_stride = tl.where(is_key, of.head_strides[1], of.head_strides[0]).to(tl.int64)
     at = base + tl.where(is_key, head - n, head) * head_stride
     return at + row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HALF)[None, :]
 
@@ -78,8 +87,7 @@ def turn_kernel(
     FAST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    head, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = row < packed.rows
+    _, head, row, inside = place(packed, ROWS)
     first, second = load_halves(head_lines(x, head, packed.n, row, HALF), inside, HALF)
     if NORMALISED:
         norm = inverse_norm(first, second, EPSILON, HALF)[:, None]
@@ -95,7 +103,7 @@ def turn_gradient_kernel(
     grad,
     grad_x,
     gains,
-    parts,  # [tiles of rows, n + g, d], of the gains, summed over a tile
+    parts,  # [tiles of rows, heads, d], of the gains, summed over a tile
     packed,
     EPSILON: tl.constexpr,
     NORMALISED: tl.constexpr,
@@ -103,8 +111,7 @@ def turn_gradient_kernel(
     FAST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    head, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = row < packed.rows
+    tile, head, row, inside = place(packed, ROWS)
     grad_first, grad_second = load_halves(head_lines(grad, head, packed.n, row, HALF), inside, HALF)
     cosine, sine = angles(packed, row, HALF, FAST)
     grad_first, grad_second = rotated(grad_first, grad_second, cosine, -sine)
@@ -112,7 +119,7 @@ def turn_gradient_kernel(
         first, second = load_halves(head_lines(x, head, packed.n, row, HALF), inside, HALF)
         norm = inverse_norm(first, second, EPSILON, HALF)[:, None]
         first, second = first * norm, second * norm
-        at = parts + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * 2 * HALF + tl.arange(0, HALF)
+        at = parts + (tile.to(tl.int64) * packed.heads + head) * 2 * HALF + tl.arange(0, HALF)
         tl.store(at, tl.sum(grad_first * first, 0))
         tl.store(at + HALF, tl.sum(grad_second * second, 0))
         gain_first, gain_second = gain_of(gains, head, packed.n, HALF)
