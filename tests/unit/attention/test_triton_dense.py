@@ -13,7 +13,7 @@ from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.dense import triton
 from maha_megatron.attention.spec import DenseSpec
-from tests.support.attention import PACKED, Case, attend, leaves, start_rows
+from tests.support.attention import PACKED, Case, attend, errors, exact_leaves, leaves, start_rows, wrong
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHORT = (13, 1, 7, 30, 3, 9)
@@ -38,23 +38,13 @@ def run(case: Case, values: dict[str, torch.Tensor], backend: str) -> dict[str, 
 @functools.cache
 def exact(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """By the naive backend in fp64, of leaves that `dtype` holds."""
-    values = {name: value.detach().double() for name, value in leaves(case, dtype).items()}
-    return run(case, {name: x.requires_grad_() for name, x in values.items()}, "naive")
-
-
-def errors(found, expected) -> dict[str, float]:
-    """The norm of each difference over that of what is expected, or 0.1: a row that sees one key has no gradient."""
-    assert found.keys() == expected.keys()
-    return {
-        name: ((found[name].double() - value).norm() / value.norm().clamp(min=0.1)).item()
-        for name, value in expected.items()
-    }
+    return run(case, exact_leaves(case, dtype), "naive")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_output_and_gradient_in_fp32_equals_the_reference(case):
-    found = errors(run(case, leaves(case, torch.float32, DEVICE), "triton"), exact(case, torch.float32))
-    assert {name: error for name, error in found.items() if not error <= 3e-6} == {}
+    found = run(case, leaves(case, torch.float32, DEVICE), "triton")
+    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,15 +56,28 @@ def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, dtype):
     assert {name: error for name, error in found.items() if not error <= 2 * plain[name]} == {}, plain
 
 
-def test_views_of_a_fused_projection_are_read_as_they_lie():
+def fused(q, k):
+    return torch.cat((q, k), dim=1).split((q.shape[1], k.shape[1]), dim=1)
+
+
+def heads_outermost(q, k):
+    return [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]
+
+
+def channels_apart(q, k):
+    return [torch.stack((x, x), dim=-1)[..., 0] for x in (q, k)]
+
+
+@pytest.mark.parametrize(("lay", "copied"), [(fused, False), (heads_outermost, False), (channels_apart, True)])
+def test_views_give_what_their_copies_give(lay, copied):
     case = CASES[1].values[0]
     values, starts = leaves(case, torch.float32, DEVICE), start_rows(case.lengths).to(DEVICE)
-    q, k, gains = values["q"].detach(), values["k"].detach(), (values["query_gain"], values["key_gain"])
-    fused = torch.cat((q, k), dim=1)
-    views = fused.split((case.n, case.g), dim=1)
-    call = triton.Call(*views, *gains, starts, 1e4, 1e-6)
-    assert [x.data_ptr() for x in call.x] == [x.data_ptr() for x in views]
-    found, expected = call.forward(), triton.Call(q, k, *gains, starts, 1e4, 1e-6).forward()
+    q, k, *gains = (values[name].detach() for name in ("q", "k", "query_gain", "key_gain"))
+    views = lay(q, k)
+    call, expected = (triton.Call(*x, *gains, starts, 1e4, 1e-6) for x in (views, (q, k)))
+    assert [x.data_ptr() != view.data_ptr() for x, view in zip(call.x, views, strict=True)] == [copied] * 2
+    found = [*call.forward(), *call.backward(lay(k.repeat(1, 2, 1), q[:, :2]))]
+    expected = [*expected.forward(), *expected.backward((k.repeat(1, 2, 1), q[:, :2]))]
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -94,6 +97,6 @@ def test_heads_that_no_kernel_serves_are_eagers_and_it_is_said_once(caplog):
     case = Case(lengths=(9,), n=2, g=1, d=16, spec=DenseSpec(qk_norm=True))
     for _ in range(2):
         found = run(case, leaves(case, torch.float32, DEVICE), "triton")
-    assert max(errors(found, exact(case, torch.float32)).values()) < 3e-6
+    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
     said = [record.getMessage() for record in caplog.records if record.name == triton.__name__]
     assert said == ["normalisation and rotation of dense attention: no kernel serves heads of 16 channels; eager does"]
