@@ -367,7 +367,7 @@ def layers_can_be_captured(config: Config) -> str | None:
         return f"train.cuda_graphs: no effect with model.attention = {sorted(set(config.model.attention))}; remove"
     if maha.backend != "triton":
         wanted.append("maha.backend: triton")
-    if len(maha_windows(config)) > 1 and not (maha.aggregation in ("convex", "mean") and maha.coupling == "none"):
+    if maha.aggregation not in ("convex", "mean") or maha.coupling != "none":
         wanted.append("maha.aggregation: convex with maha.coupling: none (others report how well they were solved)")
     if config.train.recompute != "none":
         wanted.append("train.recompute: none")

@@ -11,8 +11,8 @@ from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
 
 REFINED = {"model": {"attention": ["maha", "refined"]}}
-# rule -> configurations it must refuse, each with words its message must hold
 GRAPHS = {"train": {"cuda_graphs": True}}
+# rule -> configurations it must refuse, each with words its message must hold
 REFUSED = {
     "groups_divide_heads": [({"model": {"heads": 12, "kv_groups": 5}}, ["kv_groups = 5", "[1, 2, 3, 4, 6, 12]"])],
     "head_width_is_even": [({"model": {"head_width": 63}}, ["head_width = 63", "64"])],
@@ -169,8 +169,9 @@ REFUSED = {
 }
 
 ACCEPTED = [
-    GRAPHS | {"maha": {"backend": "triton"}},
     {},
+    GRAPHS | {"maha": {"backend": "triton"}},
+    GRAPHS | {"maha": {"backend": "triton", "aggregation": "mean"}},
     {"data": {"train": [{"prefix": "c", "epochs": 2}, {"prefix": "d", "epochs": 0.5}], "packing": "best_fit"}},
     {"data": {"skip": [{"first": 0, "last": 0}, {"first": 5, "last": 9}]}},
     {"train": {"precision": "fp32"}, "zero": {"stage": 0}},
