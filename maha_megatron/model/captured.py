@@ -36,7 +36,7 @@ class CapturedAttention:
         (n, d), (g, _) = layer.query_gain.shape, layer.key_gain.shape
         like = {"dtype": layer.query_gain.dtype, "device": layer.query_gain.device}
         self._layer, self._grad_out = layer, grad_out
-        self._qkv = [torch.randn(rows, heads, d, **like).requires_grad_() for heads in (n, g, g)]
+        self._qkv = [torch.zeros(rows, heads, d, **like).requires_grad_() for heads in (n, g, g)]
         self._start_t = torch.zeros(rows, dtype=torch.int32, device=like["device"])
         named = dict(layer.named_parameters())
         self._parameters = list(named.values())
@@ -47,6 +47,7 @@ class CapturedAttention:
         self._graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
         self._out: torch.Tensor | None = None
         self._grads: Sequence[torch.Tensor] = ()
+        self._passes = 0  # forward ones and backward ones, to tell whose numbers the buffers hold
 
     def forward(self) -> None:
         """The operator on the graphs' own buffers."""
@@ -61,7 +62,7 @@ class CapturedAttention:
         graph = self._graphs[backward]
         graph.capture_begin(pool=pool, capture_error_mode=_ONLY_THIS_THREAD)
         try:
-            self.backward() if backward else self.forward()
+            (self.backward if backward else self.forward)()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # says only that there was an error
                 graph.capture_end()
@@ -70,7 +71,8 @@ class CapturedAttention:
 
     def serves(self, query: torch.Tensor) -> bool:
         """Whether this is a training pass of the shape that was captured."""
-        return query.shape == self._grad_out.shape and query.requires_grad and torch.is_grad_enabled()
+        same = (query.shape, query.dtype) == (self._grad_out.shape, self._grad_out.dtype)
+        return same and query.requires_grad and torch.is_grad_enabled()
 
     def __call__(self, query, key, value, document_start_t) -> torch.Tensor:
         """[t, n, d] in query's dtype; overwritten by the layer's next pass.
@@ -85,17 +87,28 @@ class CapturedAttention:
             )
         return _Replay.apply(self, document_start_t, query, key, value, *self._parameters)
 
-    def replay_forward(self, document_start_t: torch.Tensor, qkv: Sequence[torch.Tensor]) -> torch.Tensor:
+    def replay_forward(self, document_start_t: torch.Tensor, qkv: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """The output, and which pass it is of."""
         for mine, given in zip((self._start_t, *self._qkv), (document_start_t, *qkv), strict=True):
             mine.copy_(given)
         self._graphs[0].replay()
-        return self._out.detach()
+        self._passes += 1
+        return self._out.detach(), self._passes
 
-    def replay_backward(self, grad_out: torch.Tensor) -> Sequence[torch.Tensor]:
+    def replay_backward(self, grad_out: torch.Tensor, forward_pass: int) -> Sequence[torch.Tensor]:
         """Of queries, keys, values and parameters; overwritten by the layer's next pass.
 
         They stay referred to here, so that autograd copies a parameter's and does not take the buffer for its .grad.
+
+        Raises:
+            TrainingError: another pass has written over what `forward_pass` kept for this one.
         """
+        if forward_pass != self._passes:
+            raise TrainingError(
+                "a MAHA layer's CUDA graphs keep one forward pass for one backward pass, and another came between; set "
+                "train.cuda_graphs: false"
+            )
+        self._passes += 1
         self._grad_out.copy_(grad_out)
         self._graphs[1].replay()
         return self._grads
@@ -105,12 +118,13 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, captured: CapturedAttention, document_start_t, *tensors):
         ctx.captured = captured
-        return captured.replay_forward(document_start_t, tensors[:3])
+        out_tnd, ctx.forward_pass = captured.replay_forward(document_start_t, tensors[:3])
+        return out_tnd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        return None, None, *ctx.captured.replay_backward(grad_out)
+        return None, None, *ctx.captured.replay_backward(grad_out, ctx.forward_pass)
 
 
 def capture_attention(model: torch.nn.Module, rows: int) -> None:
@@ -126,7 +140,7 @@ def capture_attention(model: torch.nn.Module, rows: int) -> None:
     layers = [layer for layer in maha if layer.spec.refine is None]
     if not torch.cuda.is_available():
         raise EnvironmentMismatch("train.cuda_graphs: torch finds no CUDA device; set train.cuda_graphs: false")
-    grad_out = torch.randn(rows, *layers[0].query_gain.shape).to(layers[0].query_gain)
+    grad_out = layers[0].query_gain.new_zeros(rows, *layers[0].query_gain.shape)
     captured = [CapturedAttention(layer, rows, grad_out) for layer in layers]
     torch.cuda.synchronize()
     try:

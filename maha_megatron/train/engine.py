@@ -81,9 +81,7 @@ class Engine:
     def __init__(self, config: Config, inner: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self._config, self._inner, self._device = config, inner, device
         self._parameters = logical_names(inner.module)
-        self._captured = (
-            False  # layers replay CUDA graphs, from the first step on: their parameters stay where they are
-        )
+        self._captured = False  # whether layers replay CUDA graphs: from the first step on, parameters lie still
         self._solves: SolveTotals | None = None  # of all forward passes since `take_solves`
         # each micro-batch's loss is multiplied by this / count: see above
         self._averaged = accumulation_steps(config, dist.get_world_size()) * groups.data_size()

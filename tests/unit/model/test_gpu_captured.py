@@ -58,9 +58,8 @@ def refuse(*_) -> None:
 def test_loss_and_gradients_are_bitwise_those_without_graphs():
     """Of several micro-batches in turn, and again once the parameters have changed in their place."""
     model = random_model(CONFIG, device="cuda")
-    nodes = [
-        x.expand_as(x).grad_fn.next_functions[0][0] for x in model.parameters()
-    ]  # as an optimizer's hooks hold them
+    # as an optimizer's hooks hold them
+    nodes = [x.expand_as(x).grad_fn.next_functions[0][0] for x in model.parameters()]
     with deterministic_algorithms():
         before = [loss_and_gradients(model, batch) for batch in batches()]
         capture_attention(model, ROWS)
