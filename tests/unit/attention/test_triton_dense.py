@@ -13,7 +13,7 @@ from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.dense import triton
 from maha_megatron.attention.spec import DenseSpec
-from tests.support.attention import PACKED, Case, attend, errors, exact_leaves, leaves, start_rows, wrong
+from tests.support.attention import PACKED, Case, attend, errors, exact_leaves, leaves, start_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHORT = (13, 1, 7, 30, 3, 9)
@@ -43,8 +43,11 @@ def exact(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_output_and_gradient_in_fp32_equals_the_reference(case):
-    found = run(case, leaves(case, torch.float32, DEVICE), "triton")
-    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
+    """On a GPU within twice of what eager's own operations leave there: its attention rounds where one key is seen."""
+    plain, found = (run(case, leaves(case, torch.float32, DEVICE), backend) for backend in ("eager", "triton"))
+    expected = exact(case, torch.float32)
+    bounds = {name: max(3e-6, 2 * error * (DEVICE == "cuda")) for name, error in errors(plain, expected).items()}
+    assert {name: error for name, error in errors(found, expected).items() if not error <= bounds[name]} == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,7 +99,10 @@ def test_heads_that_no_kernel_serves_are_eagers_and_it_is_said_once(caplog):
     caplog.set_level(logging.INFO, logger=triton.__name__)
     case = Case(lengths=(9,), n=2, g=1, d=16, spec=DenseSpec(qk_norm=True))
     for _ in range(2):
-        found = run(case, leaves(case, torch.float32, DEVICE), "triton")
-    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
+        """On a GPU within twice of what eager's own operations leave there: its attention rounds where one key is seen."""
+    plain, found = (run(case, leaves(case, torch.float32, DEVICE), backend) for backend in ("eager", "triton"))
+    expected = exact(case, torch.float32)
+    bounds = {name: max(3e-6, 2 * error * (DEVICE == "cuda")) for name, error in errors(plain, expected).items()}
+    assert {name: error for name, error in errors(found, expected).items() if not error <= bounds[name]} == {}
     said = [record.getMessage() for record in caplog.records if record.name == triton.__name__]
     assert said == ["normalisation and rotation of dense attention: no kernel serves heads of 16 channels; eager does"]
