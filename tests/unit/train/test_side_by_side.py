@@ -1,0 +1,157 @@
+"""Runs of a study: their order, their devices, stopping, resuming, failing."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from maha_megatron.config.study import Study
+from maha_megatron.errors import ConfigError
+from maha_megatron.train import side_by_side
+from maha_megatron.train.side_by_side import SideBySide
+from maha_megatron.train.study_report import study_data, study_text
+from maha_megatron.train.study_runs import Stage, StudyRun, study_runs
+from tests.support.fake_study import scripts, study  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "POLL_S", 0.01)
+
+
+def runs_of(study: Study, tmp_path: Path, *overrides: str) -> list[StudyRun]:  # noqa: F811
+    where = {"folder": tmp_path / "runs", "data": "d", "tokenizer": "t"}
+    made = study_runs(study, peers=list(study.peers), seeds=study.seeds, overrides=overrides, **where)
+    for run in made:
+        run.prepare()
+    return made
+
+
+def work(runs: list[StudyRun], scripts: dict, places=(None,), lines=None, **how) -> SideBySide:  # noqa: F811
+    made = SideBySide(runs, places, **scripts, say=(lines if lines is not None else []).append, progress_s=0)
+    made.go(**how)
+    return made
+
+
+def test_all_runs_are_trained_and_evaluated_once(study, scripts, tmp_path) -> None:  # noqa: F811
+    runs, lines = runs_of(study, tmp_path), []
+    assert [run.title for run in runs] == ["dense seed 1", "window seed 1", "dense seed 2", "window seed 2"]
+    assert not work(runs, scripts, ["0", "1"], lines).failures
+    assert {run.stage for run in runs} == {Stage.DONE}
+    began = [line for line in lines if " on GPU " in line]
+    assert [line.partition(":")[0] for line in began if "training" in line] == [run.title for run in runs]
+    assert {line[-1] for line in began} == {"0", "1"}
+    assert (runs[0].folder / "console.log").read_text() == "began on 0\n"
+    assert [len(run.sessions()) for run in runs] == [1] * 4
+    assert {session.beside for run in runs for session in run.sessions()} == {0}, "each has a GPU of its own"
+
+    again = []
+    work(runs_of(study, tmp_path), scripts, [None], again)
+    assert again == []
+
+
+def test_what_runs_beside_on_a_device_is_counted(study, scripts, tmp_path) -> None:  # noqa: F811
+    hold = tmp_path / "runs" / "small" / "hold"
+    runs = runs_of(study, tmp_path)
+    hold.touch()
+    work(runs, scripts, [None] * 4, stopped=lambda: all(run.steps_done() == 2 for run in runs))
+    assert all(session.beside > 1 for run in runs for session in run.sessions())
+    assert all(session.code == 75 for run in runs for session in run.sessions())
+
+
+def test_a_run_that_was_cut_off_goes_on(study, scripts, tmp_path) -> None:  # noqa: F811
+    hold = tmp_path / "runs" / "small" / "hold"
+    runs, lines = runs_of(study, tmp_path), []
+    hold.touch()
+    began = time.monotonic()
+    done = work(runs, scripts, [None] * 2, lines, stopped=lambda: runs[1].steps_done() == runs[0].steps_done() == 2)
+    assert time.monotonic() - began < 20
+    assert not done.failures
+    assert [run.steps_done() for run in runs] == [3, 3, 0, 0]
+    assert {run.stage for run in runs} == {Stage.TRAIN}
+    assert "time to stop: 2 processes save and end, 2 runs wait" in lines
+    assert "dense seed 1: stopped while training" in lines
+    assert any("step 2/4  loss 3.0100 nats  200 tokens/s" in line for line in lines)
+    hold.unlink()
+    lines = []
+    work(runs, scripts, [None], lines)
+    assert "dense seed 1: training, after step 3" in lines
+    assert [len(run.rows()) for run in runs] == [4] * 4
+    assert [session.code for session in runs[0].sessions()] == [75, 0]
+
+
+def test_one_that_will_not_stop_is_ended(study, scripts, tmp_path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr(side_by_side, "GRACE_S", 0.3)
+    scripts["pretrain"].write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")
+    runs = runs_of(study, tmp_path)[:1]
+    began = time.monotonic()
+    assert not work(runs, scripts, until_s=0.3).failures
+    assert time.monotonic() - began < 20
+    assert [session.code for session in runs[0].sessions()] in ([-9], [-15])
+
+
+def test_a_failure_does_not_stop_the_others(study, scripts, tmp_path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setenv("FAKE_FAILS", "dense")
+    runs, lines = runs_of(study, tmp_path), []
+    failures = work(runs, scripts, [None], lines).failures
+    assert list(failures) == ["dense seed 1", "dense seed 2"]
+    assert "training ended with 2; the end of" in failures["dense seed 1"]
+    assert failures["dense seed 1"].endswith("began on all")
+    assert [run.stage for run in runs] == [Stage.TRAIN, Stage.DONE] * 2
+    text = study_text(runs, study.reference)
+    assert "Not trained to the end: dense seed 1 (0 of 4 steps), dense seed 2 (0 of 4 steps)." in text
+    assert "| window | 1 2 | 2.1150 | 0.0071 | - | - |" in text, "no reference, no difference"
+
+
+def test_an_evaluation_without_a_result_fails(study, scripts, tmp_path) -> None:  # noqa: F811
+    scripts["evaluate"].write_text("print('nothing')")
+    (run, *_) = runs_of(study, tmp_path)
+    assert "evaluating ended without a result" in work([run], scripts).failures[run.title]
+
+
+def test_another_evaluation_is_made_anew(study, scripts, tmp_path) -> None:  # noqa: F811
+    (run, *_) = runs_of(study, tmp_path)
+    work([run], scripts)
+    path = next((run.folder / "evaluation").rglob("evaluate_*.json"))
+    assert run.found()["settings"]["distances"] == [20, 32]
+    path.write_text("")  # killed while it was written
+    assert run.stage is Stage.EVALUATE
+    work([run], scripts)
+    assert run.stage is Stage.DONE
+    assert len(run.sessions()) == 1, "it was not trained again"
+
+
+def test_a_folder_of_other_settings_is_refused(study, scripts, tmp_path) -> None:  # noqa: F811
+    runs_of(study, tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"dense seed 1 with other settings \(train.steps was 4, is 5\): give the old"
+    ):
+        runs_of(study, tmp_path, "train.steps=5")
+
+
+def test_a_folder_of_somebody_else_is_refused(study, scripts, tmp_path) -> None:  # noqa: F811
+    folder = tmp_path / "runs" / "small" / "dense" / "seed_1"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="is no run of a study"):
+        runs_of(study, tmp_path)
+
+
+def test_tables(study, scripts, tmp_path) -> None:  # noqa: F811
+    runs = runs_of(study, tmp_path)
+    work(runs, scripts, [None] * 2)
+    text = study_text(runs, study.reference)
+    rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
+    assert "| dense | 1 2 | 2.0150 | 0.0071 | - | - | 250 |" in text
+    assert "| window | 1 2 | 2.1150 | 0.0071 | +0.1000 | 0.0000 | 250 |" in text
+    assert "| position | 0-127 | 128-255 |" in text
+    assert "| dense | 3.2500 | 2.1500 |" in text, "near positions together, by their tokens"
+    assert "| window | 3.2500 (+0.0000) | 2.1500 (+0.0000) |" in text
+    assert "| distance | 20 | 32 |" in text
+    assert "| dense | 0.500 | 0.500 |" in text
+    assert "| distance | 1-8 |" in text
+    assert rows["noise"]
+    data = study_data(runs)
+    assert list(data) == [run.title for run in runs]
+    assert [row["step"] for row in data["dense seed 1"]["rows"]] == [1, 2, 3, 4]
+    assert data["window seed 2"]["evaluation"]["settings"]["samples"] == 4
