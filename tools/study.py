@@ -8,9 +8,9 @@ followed by tools/evaluate.py; --at-once of them share a GPU. Runs are made in t
 every peer has the first seed before any has the second. Give the same command again to go on: finished runs and
 evaluations are skipped, a run that was cut off resumes from its newest checkpoint.
 
---until ends the work in time: after so many seconds nothing new starts, and runs save and stop, within a minute.
---until 0 starts nothing: it makes the table of what is there. The table is written to tools/results/ as Markdown and
-JSON, raw rows included, whenever at least one run is trained to its end.
+--until ends the work in time: after so many seconds nothing new starts; within a minute runs save and stop, and
+evaluations end. --until 0 starts nothing: it makes the table of what is there. The table is written to tools/results/
+as Markdown and JSON, raw rows included, whenever at least one run is trained to its end.
 
 exit codes:
   0   every run is trained and evaluated
@@ -116,10 +116,11 @@ def run(options: argparse.Namespace) -> int:
     work = SideBySide(runs, at, pretrain=PRETRAIN, evaluate=EVALUATE, say=lambda line: print(line, flush=True))
     work.go(options.until, lambda: signal.requested)
     text = study_text(runs, study.reference)
-    print(f"\n{text}")
+    written = ()
     if any(one.is_trained for one in runs):
         data = {"study": study.name, "reference": study.reference, "runs": study_data(runs)}
-        print(*write_result(options.results, f"study_{study.name}", text=text, data=data), sep="\n")
+        written = write_result(options.results, f"study_{study.name}", text=text, data=data)
+    print(f"\n{text}", *written, sep="\n")
     if work.failures:
         raise TrainingError("\n\n".join(work.failures.values()))
     return 0 if all(one.stage is Stage.DONE for one in runs) else EXIT_INTERRUPTED

@@ -15,7 +15,7 @@ from maha_megatron.units import format_count, format_duration
 POLL_S = 0.2
 PROGRESS_S = 15.0
 GRACE_S = 60.0
-"""So long a run may take for the step at hand and its checkpoint after it was asked to stop."""
+"""So long may it take, once time is up, to save a run after the step at hand, and to end an evaluation."""
 STOPPED = (EXIT_INTERRUPTED, -signal.SIGTERM)
 
 
@@ -29,7 +29,7 @@ class _Active:
     child: ChildProcess
     began_s: float = field(default_factory=time.monotonic)
     beside_s: float = 0.0
-    """Seconds, each counted once for every other process on the device."""
+    """Seconds, counted once for every other process on the device."""
 
 
 class SideBySide:
@@ -65,7 +65,7 @@ class SideBySide:
         """Make the runs, until all are done or failed.
 
         Args:
-            until_s: after so many seconds nothing new starts, and what runs is asked to save and stop.
+            until_s: after so many seconds nothing new starts, runs are asked to save and stop, and evaluations may end.
             stopped: the same, as soon as it says true.
         """
         began_s = told_s = counted_s = time.monotonic()
@@ -99,9 +99,11 @@ class SideBySide:
             self._say(f"{run.title}: {stage.value}{where}{f', after step {after}' if after else ''}")
 
     def _ask_to_stop(self) -> None:
-        self._say(f"time to stop: {len(self._active)} processes save and end, {len(self._waiting)} runs wait")
+        training = [active for active in self._active if active.stage is Stage.TRAIN]
+        evaluating, waiting = len(self._active) - len(training), len(self._waiting)
+        self._say(f"time to stop; training: {len(training)}, evaluating: {evaluating}, waiting: {waiting}")
         self._kill_at_s = time.monotonic() + GRACE_S
-        for active in self._active:
+        for active in training:
             active.child.ask_to_stop()
 
     def _end(self) -> None:

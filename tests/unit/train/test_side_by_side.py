@@ -69,7 +69,7 @@ def test_a_run_that_was_cut_off_goes_on(study, scripts, tmp_path) -> None:  # no
     assert not done.failures
     assert [run.steps_done() for run in runs] == [3, 3, 0, 0]
     assert {run.stage for run in runs} == {Stage.TRAIN}
-    assert "time to stop: 2 processes save and end, 2 runs wait" in lines
+    assert "time to stop; training: 2, evaluating: 0, waiting: 2" in lines
     assert "dense seed 1: stopped while training" in lines
     assert any("step 2/4  loss 3.0100 nats  200 tokens/s" in line for line in lines)
     hold.unlink()
