@@ -48,19 +48,21 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured of every trained run, as tools/evaluate.py measures it; 0: not.
+    """What is measured of every trained run, as tools/evaluate.py measures it; no samples, needles or queries: not.
 
     Attributes:
         samples: of the validation split, for loss by position; as many as it has, where that is less.
         needles: at each distance.
         distances: of needles; empty: those that tools/evaluate.py takes by itself.
         queries: of associative recall.
+        pairs: of keys and values in a row; 0: as many as tools/evaluate.py takes by itself.
     """
 
     samples: int = field(default=256, metadata={"minimum": 0})
     needles: int = field(default=32, metadata={"minimum": 0})
     distances: tuple[int, ...] = field(default=(), metadata={"minimum": 1})
     queries: int = field(default=512, metadata={"minimum": 0})
+    pairs: int = field(default=0, metadata={"minimum": 0})
 
     @property
     def is_empty(self) -> bool:

@@ -103,11 +103,13 @@ class StudyRun:
         return None
 
     def _asked_for(self, settings: dict[str, Any]) -> bool:
-        asked = asdict(self.evaluation)
-        distances = sorted(set(asked.pop("distances")))
-        if any(settings[key] != value for key, value in asked.items()):
-            return False
-        return not (distances and self.evaluation.needles) or list(settings["distances"]) == distances
+        asked = self.evaluation
+        same = [settings[name] == getattr(asked, name) for name in ("samples", "needles", "queries")]
+        if asked.distances and asked.needles:
+            same.append(settings["distances"] == sorted(set(asked.distances)))
+        if asked.pairs and asked.queries:
+            same.append(settings["pairs"] == asked.pairs)
+        return all(same)
 
     # ------------------------------------------------------------------------------------------------- what to start
 
@@ -146,6 +148,8 @@ class StudyRun:
             words += [f"--{name}", str(getattr(asked, name))]
         if asked.distances and asked.needles:
             words += ["--distances", *map(str, asked.distances)]
+        if asked.pairs and asked.queries:
+            words += ["--pairs", str(asked.pairs)]
         return words
 
     def add_session(self, session: Session) -> None:

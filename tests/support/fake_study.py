@@ -16,7 +16,7 @@ peers:
   - {name: window, maha: {windows: [8], full_reach: false}, schedule: {peak: 2.0e-2}}
 reference: dense
 seeds: [1, 2]
-evaluation: {samples: 4, needles: 3, distances: [32, 20], queries: 6}
+evaluation: {samples: 4, needles: 3, distances: [32, 20], queries: 6, pairs: 5}
 """
 
 PRETRAIN = """
@@ -49,7 +49,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--run", type=Path)
-for name in ("checkpoint", "samples", "needles", "queries"):
+for name in ("checkpoint", "samples", "needles", "queries", "pairs"):
     parser.add_argument("--" + name, type=int)
 parser.add_argument("--distances", type=int, nargs="+")
 asked = parser.parse_args()
@@ -66,7 +66,7 @@ pairs = [{"first_distance": 1, "last_distance": 8, "right": mean(0.75)}]
 folder = asked.run / "evaluation" / f"step_{asked.checkpoint:08d}"
 folder.mkdir(parents=True, exist_ok=True)
 number = len(list(folder.iterdir()))
-settings = {key: getattr(asked, key) for key in ("samples", "needles", "queries")}
+settings = {key: getattr(asked, key) for key in ("samples", "needles", "queries", "pairs")}
 settings["distances"] = sorted(asked.distances)
 found = {"settings": settings, "position": {"buckets": buckets}, "needle": needle, "pairs": pairs}
 (folder / f"evaluate_{number}.json").write_text(json.dumps(found))

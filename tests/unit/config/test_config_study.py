@@ -30,7 +30,7 @@ def test_layers_of_a_run(tmp_path: Path) -> None:
         (1, 2),
         ["dense", "window"],
     )
-    assert small.evaluation == Evaluation(samples=4, needles=3, distances=(32, 20), queries=6)
+    assert small.evaluation == Evaluation(samples=4, needles=3, distances=(32, 20), queries=6, pairs=5)
     dense, window = (small.config(peer, 2, overrides=["train.steps=7"], **WHERE) for peer in small.peers)
     assert (dense.model.attention, window.maha.windows) == (("dense",), (8,))
     assert (dense.schedule.peak, window.schedule.peak) == (0.01, 0.02)

@@ -1,5 +1,6 @@
 """Runs of a study: their order, their devices, stopping, resuming, failing."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -113,7 +114,11 @@ def test_another_evaluation_is_made_anew(study, scripts, tmp_path) -> None:  # n
     (run, *_) = runs_of(study, tmp_path)
     work([run], scripts)
     path = next((run.folder / "evaluation").rglob("evaluate_*.json"))
-    assert run.found()["settings"]["distances"] == [20, 32]
+    settings = run.found()["settings"]
+    assert (settings["distances"], settings["pairs"]) == ([20, 32], 5)
+    for changed in ({"needles": 4}, {"distances": (20,)}, {"pairs": 6}):
+        other = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, **changed))
+        assert other.stage is Stage.EVALUATE
     path.write_text("")  # killed while it was written
     assert run.stage is Stage.EVALUATE
     work([run], scripts)
