@@ -5,6 +5,10 @@ such a difference varies from seed to seed is estimated from all peers together,
 little:
 
     noise of peer p = s / sqrt(seeds of p),   s^2 = sum over p and its seeds of (d_ps - mean d_p)^2 / sum of (seeds - 1)
+
+A peer with one seed has none: nothing of its own says that it varies as the others do. The reference's own scatter is
+in every difference, so that more peers make s no surer than the reference's few seeds do: "twice the noise" is a rule
+of thumb, not a test at 5 %.
 """
 
 import math
@@ -22,7 +26,7 @@ class Compared:
         spread: standard deviation over its seeds; None for one.
         difference: mean over the seeds that it shares with the reference, of its own less the reference's; None for the
             reference, and without such a seed.
-        noise: standard error of the difference; None where no peer has two seeds.
+        noise: standard error of the difference; None where it is of fewer than two seeds.
     """
 
     mean: float
@@ -46,7 +50,6 @@ def compared(values: Mapping[str, Mapping[int, float]], reference: str) -> dict[
     }
     freedom = sum(len(some) - 1 for some in differences.values() if some)
     scatter = sum((x - statistics.fmean(some)) ** 2 for some in differences.values() for x in some)
-    deviation = math.sqrt(scatter / freedom) if freedom else None
     found = {}
     for peer, of_seed in values.items():
         some = differences.get(peer)
@@ -54,6 +57,6 @@ def compared(values: Mapping[str, Mapping[int, float]], reference: str) -> dict[
             mean=statistics.fmean(of_seed.values()),
             spread=statistics.stdev(of_seed.values()) if len(of_seed) > 1 else None,
             difference=statistics.fmean(some) if some else None,
-            noise=deviation / math.sqrt(len(some)) if some and deviation is not None else None,
+            noise=math.sqrt(scatter / freedom / len(some)) if some and len(some) > 1 else None,
         )
     return found

@@ -18,11 +18,13 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_noise_is_estimated_from_all_peers():
-    """Differences of a: 0.1 and 0.3, of b: 0.5; two less one degrees of freedom, b has one seed."""
-    found = compared({"dense": {1: 1.0, 2: 1.0}, "a": {1: 1.1, 2: 1.3}, "b": {1: 1.5}}, "dense")
-    assert found["a"].noise == pytest.approx(math.sqrt(0.02) / math.sqrt(2))
-    assert found["b"].noise == pytest.approx(math.sqrt(0.02))
-    assert (found["b"].spread, found["b"].difference) == (None, pytest.approx(0.5))
+    """Differences of a: 0.1 and 0.3, of c: 0, 0.1 and 0.2, around their means; b has one seed and claims none."""
+    dense = {1: 1.0, 2: 1.0, 3: 1.0}
+    found = compared({"dense": dense, "a": {1: 1.1, 2: 1.3}, "b": {1: 1.5}, "c": {1: 1.0, 2: 1.1, 3: 1.2}}, "dense")
+    deviation = math.sqrt((0.02 + 0.02) / (1 + 2))
+    assert found["a"].noise == pytest.approx(deviation / math.sqrt(2))
+    assert found["c"].noise == pytest.approx(deviation / math.sqrt(3))
+    assert (found["b"].spread, found["b"].noise, found["b"].difference) == (None, None, pytest.approx(0.5))
 
 
 def test_one_seed_has_no_noise_and_no_reference_no_difference():
