@@ -9,13 +9,16 @@ every peer has the first seed before any has the second. Give the same command a
 evaluations are skipped, a run that was cut off resumes from its newest checkpoint.
 
 --until ends the work in time: after so many seconds nothing new starts; within a minute runs save and stop, and
-evaluations end. --until 0 starts nothing: it makes the table of what is there. The table is written to tools/results/
-as Markdown and JSON, raw rows included, whenever at least one run is trained to its end.
+evaluations end. Ctrl-C does the same; a second one ends everything at once, unsaved. --until 0 starts nothing: it makes
+the table of what is there, with --reference against another peer. The table is written to tools/results/ as Markdown
+and JSON, raw rows included, whenever at least one run is trained to its end.
 
 exit codes:
   0   every run is trained and evaluated
-  2   an error that names what to change, or a run that failed (the others are made first)
+  2   an error that names what to change, or a run that failed (the others are made first; the same command tries it
+      again from its newest checkpoint; if the device had no memory left, with fewer --at-once)
   75  stopped by --until, SIGTERM or Ctrl-C with runs left: the same command continues
+  130 ended by a second Ctrl-C
 """
 
 import argparse
@@ -44,6 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/study"), help="receives STUDY/PEER/seed_N (default %(default)s)"
     )
+    parser.add_argument("--reference", metavar="PEER", help="of the tables (default: that of the study)")
     parser.add_argument("--only", nargs="+", metavar="PEER", help="peers to run and to show (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="of those of the study (default: all)")
     parser.add_argument("--gpus", nargs="+", metavar="N", help="numbers of GPUs (default: all; none: the CPU)")
@@ -106,6 +110,9 @@ def run(options: argparse.Namespace) -> int:
 
     study = load_study(options.study)
     peers, seeds = chosen(study, options.only, options.seeds)
+    reference = options.reference or study.reference
+    if reference not in study.peers:
+        raise ConfigError(f"--reference {reference}: the study has {' '.join(study.peers)}")
     at = places(options.gpus, options.at_once)
     where = {"folder": options.folder, "data": options.data, "tokenizer": options.tokenizer}
     runs = study_runs(study, peers=peers, seeds=seeds, overrides=options.set, **where)
@@ -115,10 +122,10 @@ def run(options: argparse.Namespace) -> int:
     signal.install()
     work = SideBySide(runs, at, pretrain=PRETRAIN, evaluate=EVALUATE, say=lambda line: print(line, flush=True))
     work.go(options.until, lambda: signal.requested)
-    text = study_text(runs, study.reference)
+    text = study_text(runs, reference)
     written = ()
     if any(one.is_trained for one in runs):
-        data = {"study": study.name, "reference": study.reference, "runs": study_data(runs)}
+        data = {"study": study.name, "reference": reference, "runs": study_data(runs)}
         written = write_result(options.results, f"study_{study.name}", text=text, data=data)
     print(f"\n{text}", *written, sep="\n")
     if work.failures:
@@ -129,7 +136,11 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; turn what users can mend into one line."""
     options = parse_arguments(arguments)
-    return exit_code_of(lambda: run(options))
+    try:
+        return exit_code_of(lambda: run(options))
+    except KeyboardInterrupt:
+        print("\nended at once, unsaved; the same command continues from the newest checkpoints", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A program of this repository in a process of its own, its output in a file, ended with all that it started."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,20 +10,30 @@ from pathlib import Path
 
 import psutil
 
+from maha_megatron.errors import TrainingError
+
 
 class ChildProcess:
     """Started when it is made.
 
     Args:
         words: what follows `python` on the command line.
-        log: file that gets what it prints; what the file holds is kept.
+        log: file that gets what it prints; what the file holds is kept. It stays locked while the program lives, also
+            when whoever started it was killed.
         device: the one GPU that it may see, as CUDA_VISIBLE_DEVICES names it; None for all.
+
+    Raises:
+        TrainingError: a program that is still alive prints to the log.
     """
 
     def __init__(self, words: Sequence[str], log: Path, *, device: str | None = None) -> None:
         self.log = log
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         with open(log, "a", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the program inherits it with the file
+            except BlockingIOError as error:
+                raise TrainingError(f"{log}: what prints here still runs; wait for its end, or end it") from error
             # a session of its own: Ctrl-C reaches it only through whoever started it
             self._process = subprocess.Popen(
                 [sys.executable, *words],

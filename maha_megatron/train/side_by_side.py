@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from maha_megatron.errors import TrainingError
 from maha_megatron.train.child_process import ChildProcess
 from maha_megatron.train.guards import EXIT_INTERRUPTED
 from maha_megatron.train.study_runs import Session, Stage, StudyRun
@@ -85,18 +86,23 @@ class SideBySide:
                     told_s = now_s
                     self._report()
                 time.sleep(POLL_S)
-        finally:
+        finally:  # by an error or a second Ctrl-C perhaps
+            self._kill_at_s = self._kill_at_s or time.monotonic()
             self._end()
+            self._collect()
 
     def _start(self) -> None:
         while self._waiting and self._places:
             run, device = self._waiting.popleft(), self._places.popleft()
             stage = run.stage
-            child = ChildProcess(run.words(stage, *self._scripts), run.log_of(stage), device=device)
+            try:
+                child = ChildProcess(run.words(stage, *self._scripts), run.log_of(stage), device=device)
+            except TrainingError as error:
+                self._places.append(device)
+                self._fail(run, str(error))
+                continue
             self._active.append(_Active(run=run, stage=stage, device=device, child=child))
-            after = run.steps_done() if stage is Stage.TRAIN else 0
-            where = "" if device is None else f" on GPU {device}"
-            self._say(f"{run.title}: {stage.value}{where}{f', after step {after}' if after else ''}")
+            self._say(f"{run.title}: {stage.value}{'' if device is None else f' on GPU {device}'}")
 
     def _ask_to_stop(self) -> None:
         training = [active for active in self._active if active.stage is Stage.TRAIN]
@@ -131,13 +137,12 @@ class SideBySide:
             elif code in STOPPED or (code == -signal.SIGKILL and self._kill_at_s is not None):
                 self._say(f"{run.title}: stopped while {active.stage.value}")
             else:
-                self._fail(active, code)
+                how = f"{active.stage.value} ended {f'with {code}' if code else 'without a result'}"
+                self._fail(run, f"{how}, see {active.child.log}", active.child.last_lines())
 
-    def _fail(self, active: _Active, code: int) -> None:
-        how = f"ended with {code}" if code else "ended without a result"
-        text = f"{active.run.title}: {active.stage.value} {how}; the end of {active.child.log}:"
-        self.failures[active.run.title] = f"{text}\n{active.child.last_lines()}"
-        self._say(f"{active.run.title}: FAILED while {active.stage.value} ({how}), see {active.child.log}")
+    def _fail(self, run: StudyRun, why: str, log: str = "") -> None:
+        self._say(f"{run.title}: FAILED; {why}")
+        self.failures[run.title] = f"{run.title}: {why}\n{log}".rstrip()
 
     def _report(self) -> None:
         """A line for every process, and one for all that is left."""

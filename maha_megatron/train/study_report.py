@@ -9,14 +9,16 @@ from maha_megatron.config import accounting
 from maha_megatron.config.load import config_to_dict
 from maha_megatron.train.result_files import markdown_table
 from maha_megatron.train.seed_noise import Compared, compared
-from maha_megatron.train.study_runs import StudyRun
+from maha_megatron.train.study_runs import Stage, StudyRun
+from maha_megatron.train.trials import column
 from maha_megatron.units import format_count, format_duration
 
 NEAR_TOKENS = 128
 """Positions below are one bin of the table; beyond, the evaluation's powers of two."""
 NOTHING = "-"
+_ASKED_NOISE = "All runs have the same questions; noise is what other seeds, not other questions, do to a difference to"
 HEADER = (
-    "peer", "seeds", "validation loss", "spread", "difference", "noise", "tokens/s", "beside", "wall clock",
+    "peer", "seeds", "validation loss", "spread", "difference", "noise", "tokens/s (beside)", "wall clock",
     "attention MFLOP a token", "saved", "parameters",
 )  # fmt: skip
 
@@ -36,6 +38,8 @@ def study_text(runs: Sequence[StudyRun], reference: str) -> str:
     ]
     if missing:
         parts.append(f"Not trained to the end: {', '.join(missing)}.")
+    if missing := [run.title for run in runs if run.stage is Stage.EVALUATE]:
+        parts.append(f"Trained, but not evaluated: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 
@@ -73,33 +77,39 @@ def _main_text(runs: Sequence[StudyRun], reference: str) -> str:
             _number(loss.spread, ".4f"),
             _number(loss.difference, "+.4f"),
             _number(loss.noise, ".4f"),
-            format_count(statistics.fmean(steady)),
-            f"{statistics.fmean(map(_beside, sessions)):.1f}",
+            f"{format_count(statistics.fmean(steady))} ({statistics.fmean(map(_beside, sessions)):.1f})",
             format_duration(statistics.fmean(seconds)),
             f"{accounting.attention_flops_per_token(config) / 1e6:.1f}",
             f"{accounting.attention_savings(config)['saved_frac_all_in']:.1%}",
             format_count(accounting.total_parameters(config)),
         ])  # fmt: skip
-    first = runs[0]
-    steps = first.config.train.steps
     return (
-        f"{steps} steps of {format_count(first.step_tokens)} tokens, {format_count(steps * first.step_tokens)} in all; "
-        f"sequences of {first.config.data.sequence_tokens}.\n\n"
+        f"{'; or '.join(dict.fromkeys(map(_amount, runs)))}.\n\n"
         "- Validation loss: nats a token at the end, mean over seeds; spread: its standard deviation over seeds.\n"
         f"- Difference: to {reference}, seed by seed; noise: its standard error, from how much differences vary over "
         "seeds, all peers together.\n"
-        "- Tokens/s: median after the first fifth of the steps; beside: other processes on the same device, on average."
-        "\n- Wall clock: of all processes that trained a run, start and validation included; mean over seeds.\n"
+        "- Tokens/s: median after the first fifth of the steps; in parentheses how many other processes of the study "
+        "were on the same device, on average. With such company neither it nor the wall clock says how fast a peer is: "
+        "tools/benchmark_training.py does.\n"
+        "- Wall clock: of the processes that trained a run, start and validation included; mean over seeds.\n"
         "- Attention: the operators, forward, all-in; saved: of them, against dense attention in every layer.\n\n"
         + markdown_table(HEADER, table)
     )
 
 
+def _amount(run: StudyRun) -> str:
+    """What it trains on."""
+    steps, tokens = run.config.train.steps, run.step_tokens
+    return (
+        f"{steps} steps of {format_count(tokens)} tokens, {format_count(steps * tokens)} in all, in sequences of "
+        f"{run.config.data.sequence_tokens}"
+    )
+
+
 def _speeds(run: StudyRun) -> list[float]:
-    """Tokens a second of the logged steps after the first fifth; of all, if it logged none there."""
-    rows = [row for row in run.rows() if "tokens_per_s" in row]
-    late = [row for row in rows if row["step"] > run.config.train.steps // 5]
-    return [row["tokens_per_s"] for row in late or rows]
+    """Tokens a second of the logged steps after the first fifth; the last step always is one."""
+    speeds = column(run.rows(), "tokens_per_s")
+    return [speed for step, speed in speeds.items() if step > run.config.train.steps // 5]
 
 
 def _beside(sessions: Iterable[Any]) -> float:
@@ -155,8 +165,8 @@ def _needle_text(runs: Sequence[StudyRun], found: Mapping[str, dict], reference:
         return _columns_table(runs, reference, "distance", columns, lambda x: format(x.mean, shown))
 
     return (
-        "## Needle\n\nShare of needles whose value is predicted whole, by distance in tokens; the noise is of a "
-        f"difference to {reference}.\n\n{table('whole_value', '.3f')}\n\n"
+        "## Needle\n\nShare of needles whose value is predicted whole, by distance in tokens. {_ASKED_NOISE} "
+        f"{reference}.\n\n{table('whole_value', '.3f')}\n\n"
         "Nats a token of the value that the needle saves, against the same text without it.\n\n"
         + table("gain_nats", ".3f")
     )
@@ -176,7 +186,10 @@ def _pairs_text(runs: Sequence[StudyRun], found: Mapping[str, dict], reference: 
     if not columns:
         return None
     table = _columns_table(runs, reference, "distance", columns, lambda x: f"{x.mean:.3f}")
-    return f"## Associative recall\n\nShare of questions answered right, by distance in tokens.\n\n{table}"
+    return (
+        f"## Associative recall\n\nShare of questions answered right, by distance in tokens. {_ASKED_NOISE} "
+        f"{reference}.\n\n{table}"
+    )
 
 
 def _columns_table(

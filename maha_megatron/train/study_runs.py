@@ -8,6 +8,7 @@ FOLDER/STUDY/PEER/seed_1/   config.yaml      what it trains, resolved
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -94,22 +95,14 @@ class StudyRun:
         return column(self.rows(), "validation_loss_nats")[self.config.train.steps]
 
     def found(self) -> dict[str, Any] | None:
-        """The newest evaluation at the end that measured what the study asks for; None if there is none."""
+        """The newest evaluation that was asked for as the study asks for it now; None if there is none."""
         folder = self.folder / "evaluation" / step_name(self.config.train.steps)
         for path in sorted(folder.glob("evaluate_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
             record = _json(path)
-            if record is not None and self._asked_for(record["settings"]):
+            # behind `python evaluate.py --run FOLDER`, which may be spelled otherwise: nothing more, nothing else
+            if record is not None and shlex.split(record["command"])[4:] == self._asked():
                 return record
         return None
-
-    def _asked_for(self, settings: dict[str, Any]) -> bool:
-        asked = self.evaluation
-        same = [settings[name] == getattr(asked, name) for name in ("samples", "needles", "queries")]
-        if asked.distances and asked.needles:
-            same.append(settings["distances"] == sorted(set(asked.distances)))
-        if asked.pairs and asked.queries:
-            same.append(settings["pairs"] == asked.pairs)
-        return all(same)
 
     # ------------------------------------------------------------------------------------------------- what to start
 
@@ -142,8 +135,11 @@ class StudyRun:
         """What follows `python` on the command line of a stage, from the paths of the two programs."""
         if stage is Stage.TRAIN:
             return [str(pretrain), "--config", str(self.folder / CONFIG)]
-        asked = self.evaluation
-        words = [str(evaluate), "--run", str(self.folder), "--checkpoint", str(self.config.train.steps)]
+        return [str(evaluate), "--run", str(self.folder), *self._asked()]
+
+    def _asked(self) -> list[str]:
+        """Options of tools/evaluate.py."""
+        asked, words = self.evaluation, ["--checkpoint", str(self.config.train.steps)]
         for name in ("samples", "needles", "queries"):
             words += [f"--{name}", str(getattr(asked, name))]
         if asked.distances and asked.needles:

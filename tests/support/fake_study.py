@@ -44,7 +44,7 @@ for step in range(done + 1, steps + 1):
 """
 
 EVALUATE = """
-import argparse, json
+import argparse, json, shlex, sys
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
@@ -66,9 +66,8 @@ pairs = [{"first_distance": 1, "last_distance": 8, "right": mean(0.75)}]
 folder = asked.run / "evaluation" / f"step_{asked.checkpoint:08d}"
 folder.mkdir(parents=True, exist_ok=True)
 number = len(list(folder.iterdir()))
-settings = {key: getattr(asked, key) for key in ("samples", "needles", "queries", "pairs")}
-settings["distances"] = sorted(asked.distances)
-found = {"settings": settings, "position": {"buckets": buckets}, "needle": needle, "pairs": pairs}
+command = shlex.join(["python", *sys.argv])
+found = {"command": command, "position": {"buckets": buckets}, "needle": needle, "pairs": pairs}
 (folder / f"evaluate_{number}.json").write_text(json.dumps(found))
 """
 

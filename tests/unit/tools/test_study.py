@@ -55,7 +55,10 @@ def test_a_study_is_made_and_told(program: Program, tmp_path: Path, capsys) -> N
     assert "| window | 1 | 2.1100 | - | +0.1000 | - |" in text
     assert text.startswith("# study_small\n\n- date: ")
     assert "window seed 1: evaluating took" in capsys.readouterr().out
-    assert program("--until", 0) == 75, "seed 2 is not there"
+    assert program("--until", 0, "--reference", "window") == 75, "seed 2 is not there"
+    record = json.loads(results(tmp_path)[1].read_text())
+    assert record["reference"] == "window"
+    assert "| dense | 1 | 2.0100 | - | -0.1000 | - |" in results(tmp_path)[1].with_suffix(".md").read_text()
     assert "Not trained to the end: dense seed 2 (0 of 4 steps)" in results(tmp_path)[1].with_suffix(".md").read_text()
 
 
@@ -63,6 +66,15 @@ def test_nothing_trained_is_no_table(program: Program, tmp_path: Path, capsys) -
     assert program("--until", 0) == 75
     assert not results(tmp_path)
     assert "Not trained to the end: dense seed 1 (0 of 4 steps)" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_is_no_traceback(program: Program, monkeypatch, capsys) -> None:
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(side_by_side.SideBySide, "go", interrupted)
+    assert program() == 130
+    assert "ended at once, unsaved; the same command continues" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_an_error_after_the_others(program: Program, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -77,6 +89,7 @@ def test_a_failed_run_is_an_error_after_the_others(program: Program, tmp_path: P
     [
         (("--only", "maha"), "--only maha: the study has dense window"),
         (("--seeds", 3), "--seeds 3: the study has 1 2"),
+        (("--reference", "maha"), "--reference maha: the study has dense window"),
         (("--gpus", 0), "--gpus 0: torch finds no GPU; leave it out"),
         (("--set", "run.seed=3"), "--set: run.seed: has no effect in a study"),
         (("--set", "train.stps=3"), "peer dense: --set: train.stps: unknown key"),
@@ -141,8 +154,8 @@ def test_real_runs_are_stopped_resumed_and_evaluated(corpus: Path, tmp_path: Pat
     run = tmp_path / "runs" / "real" / "dense" / "seed_1"
     done = max((row["step"] for row in read_rows(run / METRICS)), default=0)
     assert done < 400
-    output = tool(*words)
-    assert not done or f"dense seed 1: training, after step {done}" in output
+    tool(*words)
+    assert not done or f"continuing after step {done}" in (run / "console.log").read_text()
     (path,) = (tmp_path / "results").glob("study_real_*.json")
     record = json.loads(path.read_text())
     for name in ("dense", "maha"):

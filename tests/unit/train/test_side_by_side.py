@@ -1,6 +1,8 @@
 """Runs of a study: their order, their devices, stopping, resuming, failing."""
 
 import dataclasses
+import json
+import re
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from maha_megatron.config.study import Study
 from maha_megatron.errors import ConfigError
 from maha_megatron.train import side_by_side
+from maha_megatron.train.child_process import ChildProcess
 from maha_megatron.train.side_by_side import SideBySide
 from maha_megatron.train.study_report import study_data, study_text
 from maha_megatron.train.study_runs import Stage, StudyRun, study_runs
@@ -74,21 +77,68 @@ def test_a_run_that_was_cut_off_goes_on(study, scripts, tmp_path) -> None:  # no
     assert "dense seed 1: stopped while training" in lines
     assert any("step 2/4  loss 3.0100 nats  200 tokens/s" in line for line in lines)
     hold.unlink()
-    lines = []
-    work(runs, scripts, [None], lines)
-    assert "dense seed 1: training, after step 3" in lines
-    assert [len(run.rows()) for run in runs] == [4] * 4
+    work(runs, scripts)
+    assert [[row["step"] for row in run.rows()] for run in runs] == [[1, 2, 3, 4]] * 4, "none was trained twice"
     assert [session.code for session in runs[0].sessions()] == [75, 0]
 
 
-def test_one_that_will_not_stop_is_ended(study, scripts, tmp_path, monkeypatch) -> None:  # noqa: F811
-    monkeypatch.setattr(side_by_side, "GRACE_S", 0.3)
-    scripts["pretrain"].write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")
-    runs = runs_of(study, tmp_path)[:1]
-    began = time.monotonic()
-    assert not work(runs, scripts, until_s=0.3).failures
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.EVALUATE])
+def test_what_will_not_stop_is_ended(study, scripts, tmp_path, monkeypatch, stage) -> None:  # noqa: F811
+    monkeypatch.setattr(side_by_side, "GRACE_S", 0.1)
+    scripts["pretrain" if stage is Stage.TRAIN else "evaluate"].write_text(DEAF)
+    (run, *_) = runs_of(study, tmp_path)
+    log, lines, began = run.log_of(stage), [], time.monotonic()
+    assert not work([run], scripts, lines=lines, stopped=lambda: log.is_file() and "deaf" in log.read_text()).failures
     assert time.monotonic() - began < 20
-    assert [session.code for session in runs[0].sessions()] in ([-9], [-15])
+    assert lines[-1] == f"dense seed 1: stopped while {stage.value}"
+    assert [session.code for session in run.sessions()] == ([-9] if stage is Stage.TRAIN else [0])
+
+
+def test_time_is_up_while_everything_starts(study, scripts, tmp_path) -> None:  # noqa: F811
+    """Asked to stop before it can listen, a program just dies; nothing failed."""
+    scripts["pretrain"].write_text("import time\ntime.sleep(5)")
+    runs, lines = runs_of(study, tmp_path), []
+    assert not work(runs, scripts, [None] * 2, lines, stopped=lambda: len(lines) >= 2).failures
+    assert [session.code for run in runs for session in run.sessions()] == [-15, -15]
+    assert "time to stop; training: 2, evaluating: 0, waiting: 2" in lines
+
+
+def test_an_error_ends_all_processes_and_notes_them(study, scripts, tmp_path) -> None:  # noqa: F811
+    scripts["pretrain"].write_text(DEAF)
+    (run, *_) = runs_of(study, tmp_path)
+
+    def second_interrupt() -> bool:
+        if run.log_of(Stage.TRAIN).is_file():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        work([run], scripts, stopped=second_interrupt)
+    assert [session.code for session in run.sessions()] == [-9]
+
+
+def test_a_run_that_somebody_still_trains_is_left_alone(study, scripts, tmp_path) -> None:  # noqa: F811
+    """As after the death of whoever started it."""
+    hold = tmp_path / "runs" / "small" / "hold"
+    (run, *_) = runs_of(study, tmp_path)
+    hold.touch()
+    orphan = ChildProcess(run.words(Stage.TRAIN, **scripts), run.log_of(Stage.TRAIN))
+    try:
+        failures = work([run], scripts).failures
+        assert "console.log: what prints here still runs" in failures[run.title]
+        assert not run.sessions()
+    finally:
+        orphan.end()
+    hold.unlink()
+    assert not work([run], scripts).failures
 
 
 def test_a_failure_does_not_stop_the_others(study, scripts, tmp_path, monkeypatch) -> None:  # noqa: F811
@@ -96,7 +146,7 @@ def test_a_failure_does_not_stop_the_others(study, scripts, tmp_path, monkeypatc
     runs, lines = runs_of(study, tmp_path), []
     failures = work(runs, scripts, [None], lines).failures
     assert list(failures) == ["dense seed 1", "dense seed 2"]
-    assert "training ended with 2; the end of" in failures["dense seed 1"]
+    assert failures["dense seed 1"].startswith("dense seed 1: training ended with 2, see ")
     assert failures["dense seed 1"].endswith("began on all")
     assert [run.stage for run in runs] == [Stage.TRAIN, Stage.DONE] * 2
     text = study_text(runs, study.reference)
@@ -108,15 +158,17 @@ def test_an_evaluation_without_a_result_fails(study, scripts, tmp_path) -> None:
     scripts["evaluate"].write_text("print('nothing')")
     (run, *_) = runs_of(study, tmp_path)
     assert "evaluating ended without a result" in work([run], scripts).failures[run.title]
+    text = study_text([run], study.reference)
+    assert "| dense | 1 | 2.0100 |" in text
+    assert "Trained, but not evaluated: dense seed 1." in text
+    assert "## " not in text
 
 
 def test_another_evaluation_is_made_anew(study, scripts, tmp_path) -> None:  # noqa: F811
     (run, *_) = runs_of(study, tmp_path)
     work([run], scripts)
     path = next((run.folder / "evaluation").rglob("evaluate_*.json"))
-    settings = run.found()["settings"]
-    assert (settings["distances"], settings["pairs"]) == ([20, 32], 5)
-    for changed in ({"needles": 4}, {"distances": (20,)}, {"pairs": 6}):
+    for changed in ({"needles": 4}, {"distances": (20,)}, {"distances": ()}, {"pairs": 6}, {"pairs": 0}):
         other = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, **changed))
         assert other.stage is Stage.EVALUATE
     path.write_text("")  # killed while it was written
@@ -124,6 +176,15 @@ def test_another_evaluation_is_made_anew(study, scripts, tmp_path) -> None:  # n
     work([run], scripts)
     assert run.stage is Stage.DONE
     assert len(run.sessions()) == 1, "it was not trained again"
+
+
+def test_an_evaluation_by_hand_is_not_taken_for_the_studys(study, scripts, tmp_path) -> None:  # noqa: F811
+    (run, *_) = runs_of(study, tmp_path)
+    work([run], scripts)
+    record = run.found()
+    record["command"] += " --data data/other"
+    (run.folder / "evaluation" / "step_00000004" / "evaluate_by_hand.json").write_text(json.dumps(record))
+    assert "--data" not in run.found()["command"]
 
 
 def test_a_folder_of_other_settings_is_refused(study, scripts, tmp_path) -> None:  # noqa: F811
@@ -147,16 +208,19 @@ def test_tables(study, scripts, tmp_path) -> None:  # noqa: F811
     work(runs, scripts, [None] * 2)
     text = study_text(runs, study.reference)
     rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
-    assert "| dense | 1 2 | 2.0150 | 0.0071 | - | - | 250 |" in text
-    assert "| window | 1 2 | 2.1150 | 0.0071 | +0.1000 | 0.0000 | 250 |" in text
+    assert "4 steps of 128 tokens, 512 in all, in sequences of 64.\n" in text
+    assert re.search(r"\| dense \| 1 2 \| 2.0150 \| 0.0071 \| - \| - \| 250 \([01]\.\d\) \|", text)
+    assert "| window | 1 2 | 2.1150 | 0.0071 | +0.1000 | 0.0000 | 250 (" in text
     assert "| position | 0-127 | 128-255 |" in text
     assert "| dense | 3.2500 | 2.1500 |" in text, "near positions together, by their tokens"
     assert "| window | 3.2500 (+0.0000) | 2.1500 (+0.0000) |" in text
     assert "| distance | 20 | 32 |" in text
     assert "| dense | 0.500 | 0.500 |" in text
     assert "| distance | 1-8 |" in text
-    assert rows["noise"]
+    assert rows["noise"] == "| noise | 0.0000 |", "the last table's; both seeds answer alike"
+    against = study_text(runs, "window")
+    assert "| dense | 1 2 | 2.0150 | 0.0071 | -0.1000 | 0.0000 |" in against
     data = study_data(runs)
     assert list(data) == [run.title for run in runs]
     assert [row["step"] for row in data["dense seed 1"]["rows"]] == [1, 2, 3, 4]
-    assert data["window seed 2"]["evaluation"]["settings"]["samples"] == 4
+    assert "--samples 4" in data["window seed 2"]["evaluation"]["command"]
