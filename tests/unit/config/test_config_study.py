@@ -1,5 +1,6 @@
 """Files of studies: layers of a run, the repository's own, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from maha_megatron.scales import default_windows
 from tests.support.fake_study import STUDY
 
 WHERE = {"folder": Path("runs/x"), "data": "data/x", "tokenizer": "data/t.model"}
-STUDIES = sorted((REPOSITORY_CONFIGS / "studies").glob("*.yaml"))
+STUDIES = sorted((REPOSITORY_CONFIGS / "studies").glob("[!_]*.yaml"))
 
 
 def study(tmp_path: Path, old: str = "", new: str = "") -> Study:
@@ -98,5 +99,9 @@ def test_the_repositorys_studies(path: Path) -> None:
     keys = sum(default_windows(configs["maha"].data.sequence_tokens))
     for peer in ("window", "window_hybrid"):
         assert configs[peer].maha.windows == (keys,), "as many keys as maha has"
-    for peer in ("maha", "refined"):
-        assert attention_savings(configs[peer])["saved_frac_all_in"] >= 0.81
+    assert sum(configs["refined"].maha.windows[:2]) == 128 + 112
+    assert configs["refined"].maha.windows[2] * 16 == configs["refined"].data.sequence_tokens, "any block may open"
+    told = dict(re.findall(r"(\w+) ([\d.]+) %", path.read_text().partition("extends")[0]))
+    saved = {peer: attention_savings(config)["saved_frac_all_in"] for peer, config in configs.items()}
+    assert told == {peer: f"{100 * saved[peer]:.1f}" for peer in saved if peer != "dense"}
+    assert min(saved["maha"], saved["refined"]) >= 0.81
