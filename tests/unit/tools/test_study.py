@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from maha_megatron.train import side_by_side
 from maha_megatron.train.metrics import METRICS, read_rows
 from tests.support.fake_study import scripts, study  # noqa: F401 (fixtures)
-from tests.support.runs import ROOT, corpus, tool  # noqa: F401 (corpus: a fixture)
+from tests.support.runs import ROOT, corpus, tool, wait_for_step  # noqa: F401 (corpus: a fixture)
 
 SCRIPT = "tools/study.py"
 
@@ -144,18 +146,20 @@ evaluation: {samples: 3, needles: 2, queries: 4}
 
 @pytest.mark.full
 def test_real_runs_are_stopped_resumed_and_evaluated(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
-    """`--until` in the middle of a run that is made long; then the same command ends it."""
+    """SIGTERM once a run has steps; then the same command ends it."""
     (tmp_path / "real.yaml").write_text(REAL)
     places = ("--folder", tmp_path / "runs", "--results", tmp_path / "results")
     data = ("--data", corpus / "text_text_document", "--tokenizer", corpus / "tokenizer.model")
     words = (SCRIPT, "--study", tmp_path / "real.yaml", *places, *data, "--at-once", 2)
-    output = tool(*words, "--until", 20, expected=75)
-    assert "dense seed 1: stopped while training" in output
     run = tmp_path / "runs" / "real" / "dense" / "seed_1"
-    done = max((row["step"] for row in read_rows(run / METRICS)), default=0)
-    assert done < 400
+    with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        wait_for_step(process, run, 1)
+        process.terminate()
+        assert "dense seed 1: stopped while training" in process.communicate()[0]
+    assert process.returncode == 75
+    done = read_rows(run / METRICS)[-1]["step"]
     tool(*words)
-    assert not done or f"continuing after step {done}" in (run / "console.log").read_text()
+    assert f"continuing after step {done}" in (run / "console.log").read_text()
     (path,) = (tmp_path / "results").glob("study_real_*.json")
     record = json.loads(path.read_text())
     for name in ("dense", "maha"):
