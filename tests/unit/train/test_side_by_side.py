@@ -132,7 +132,8 @@ def test_a_run_that_somebody_still_trains_is_left_alone(study, scripts, tmp_path
     hold.touch()
     orphan = ChildProcess(run.words(Stage.TRAIN, **scripts), run.log_of(Stage.TRAIN))
     try:
-        failures = work([run], scripts).failures
+        failures = work([run], scripts, until_s=2).failures
+        assert list(failures) == [run.title]
         assert "console.log: what prints here still runs" in failures[run.title]
         assert not run.sessions()
     finally:
