@@ -118,6 +118,8 @@ def test_gpus_are_taken_in_turns(program: Program, tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake")
     assert program("--at-once", 2) == 0
+    began = capsys.readouterr().out.splitlines()[:4]
+    assert [line[-17:] for line in began] == ["training on GPU 0", "training on GPU 1"] * 2, "four at once"
     logs = [
         tmp_path / "runs" / "small" / peer / f"seed_{seed}" / "console.log"
         for seed in (1, 2)

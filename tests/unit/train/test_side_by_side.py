@@ -128,12 +128,13 @@ def test_an_error_ends_all_processes_and_notes_them(study, scripts, tmp_path) ->
 def test_a_run_that_somebody_still_trains_is_left_alone(study, scripts, tmp_path) -> None:  # noqa: F811
     """As after the death of whoever started it."""
     hold = tmp_path / "runs" / "small" / "hold"
-    (run, *_) = runs_of(study, tmp_path)
+    run, other, *_ = runs_of(study, tmp_path)
     hold.touch()
     orphan = ChildProcess(run.words(Stage.TRAIN, **scripts), run.log_of(Stage.TRAIN))
     try:
-        failures = work([run], scripts, until_s=2).failures
+        failures = work([run, other], scripts, until_s=2, stopped=lambda: other.steps_done() == 2).failures
         assert list(failures) == [run.title]
+        assert other.steps_done() == 3, "it got the place"
         assert "console.log: what prints here still runs" in failures[run.title]
         assert not run.sessions()
     finally:
@@ -205,13 +206,13 @@ def test_a_folder_of_somebody_else_is_refused(study, scripts, tmp_path) -> None:
 
 
 def test_tables(study, scripts, tmp_path) -> None:  # noqa: F811
-    runs = runs_of(study, tmp_path)
+    runs = runs_of(study, tmp_path, "train.steps=5")
     work(runs, scripts, [None] * 2)
     text = study_text(runs, study.reference)
     rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
-    assert "4 steps of 128 tokens, 512 in all, in sequences of 64.\n" in text
-    assert re.search(r"\| dense \| 1 2 \| 2.0150 \| 0.0071 \| - \| - \| 250 \([01]\.\d\) \|", text)
-    assert "| window | 1 2 | 2.1150 | 0.0071 | +0.1000 | 0.0000 | 250 (" in text
+    assert "5 steps of 128 tokens, 640 in all, in sequences of 64.\n" in text
+    assert re.search(r"\| dense \| 1 2 \| 2.0150 \| 0.0071 \| - \| - \| 350 \([01]\.\d\) \|", text)
+    assert "| window | 1 2 | 2.1150 | 0.0071 | +0.1000 | 0.0000 | 350 (" in text, "the first fifth is left out"
     assert "| position | 0-127 | 128-255 |" in text
     assert "| dense | 3.2500 | 2.1500 |" in text, "near positions together, by their tokens"
     assert "| window | 3.2500 (+0.0000) | 2.1500 (+0.0000) |" in text
@@ -223,5 +224,5 @@ def test_tables(study, scripts, tmp_path) -> None:  # noqa: F811
     assert "| dense | 1 2 | 2.0150 | 0.0071 | -0.1000 | 0.0000 |" in against
     data = study_data(runs)
     assert list(data) == [run.title for run in runs]
-    assert [row["step"] for row in data["dense seed 1"]["rows"]] == [1, 2, 3, 4]
+    assert [row["step"] for row in data["dense seed 1"]["rows"]] == [1, 2, 3, 4, 5]
     assert "--samples 4" in data["window seed 2"]["evaluation"]["command"]
