@@ -83,6 +83,7 @@ def _kernels() -> Backend:
         )
     import maha_megatron.attention.convolution.triton as convolution_triton
     import maha_megatron.attention.decode.triton as decode_triton
+    import maha_megatron.attention.dense.triton as dense_triton
     import maha_megatron.attention.pyramid.triton as pyramid_triton
     import maha_megatron.attention.scale_attention.triton as scale_attention_triton
     import maha_megatron.attention.triton_sequence as triton_sequence
@@ -91,7 +92,7 @@ def _kernels() -> Backend:
         convolve=convolution_triton.convolve,
         build_pyramid=pyramid_triton.build_pyramid,
         attend=scale_attention_triton.attend,
-        attend_dense=dense_eager.attend_dense,
+        attend_dense=dense_triton.attend_dense,
         attend_sequence=triton_sequence.attend_sequence,
         advance=decode_triton.advance,
     )

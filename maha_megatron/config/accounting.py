@@ -252,11 +252,15 @@ def training_flops_per_token(config: Config) -> float:
     return (1 + BACKWARD_PER_FORWARD) * sum(flops_per_token(config).values())
 
 
+def attention_flops_per_token(config: Config) -> float:
+    """Forward operations of the attention operators (without projections) per token, over all layers."""
+    terms = flops_per_token(config)
+    return sum(terms.get(f"attention_{kind}", 0.0) for kind in ("maha", "refined", "dense"))
+
+
 def attention_share(config: Config) -> float:
     """Share of the attention operators (without projections) in the operations of a step, 0 to 1."""
-    terms = flops_per_token(config)
-    operators = sum(terms.get(f"attention_{kind}", 0.0) for kind in ("maha", "refined", "dense"))
-    return operators / sum(terms.values())
+    return attention_flops_per_token(config) / sum(flops_per_token(config).values())
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

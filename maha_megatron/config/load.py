@@ -23,6 +23,8 @@ from maha_megatron.errors import ConfigError
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OVERRIDE_ORIGIN = "--set"
+Layer = tuple[str, Mapping[str, Any]]
+"""Where keys come from, for messages; and the keys: section -> key -> value."""
 
 
 class _Reader(yaml.SafeLoader):
@@ -53,18 +55,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a file, key, type or rule is wrong; the message names the file, the key and what to change.
     """
     path = Path(path)
-    tree = _read_mapping(path)
-    names = tree.pop("extends", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: extends must be a list of fragment names, for example [model/hybrid, size/125m]")
-    folder = next((parent for parent in path.resolve().parents if parent.name == "configs"), REPOSITORY_CONFIGS)
-    layers = [*_fragments(names, folder, path), (str(path), tree)]
-    return _resolve(layers, overrides)
+    tree = read_mapping(path)
+    names = fragment_names(tree, path)
+    return resolve([*read_fragments(names, configs_of(path), path), (str(path), tree)], overrides)
 
 
 def load_fragments(names: Sequence[str], overrides: Sequence[str] = (), folder: Path = REPOSITORY_CONFIGS) -> Config:
     """The checked configuration that a file with `extends: [names...]` and nothing else would give."""
-    return _resolve(_fragments(names, folder, "extends"), overrides)
+    return resolve(read_fragments(names, folder, "extends"), overrides)
 
 
 def config_from_dict(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Config:
@@ -77,7 +75,7 @@ def config_from_dict(tree: Mapping[str, Any], origins: Mapping[str, str] | None 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of its bounds.
     """
-    return _build(Config, tree, "", origins or {})
+    return build(Config, tree, "", origins or {})
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -117,17 +115,36 @@ def dotted_keys() -> list[str]:
 # ---------------------------------------------------------------------------------------------- files and merging
 
 
-def _resolve(layers: Sequence[tuple[str, Mapping[str, Any]]], overrides: Sequence[str]) -> Config:
+def resolve(layers: Sequence[Layer], overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration of layers of keys, later ones over earlier ones, and overrides over them all."""
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, layer in [*layers, *((OVERRIDE_ORIGIN, _parse_override(word)) for word in overrides)]:
+    for origin, layer in [*layers, *((OVERRIDE_ORIGIN, parse_override(word)) for word in overrides)]:
         _merge(tree, layer, origin, origins)
     config = config_from_dict(tree, origins)
     check_config(config)
     return config
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def configs_of(path: Path) -> Path:
+    """The folder that a file's fragments are looked up below."""
+    return next((parent for parent in path.resolve().parents if parent.name == "configs"), REPOSITORY_CONFIGS)
+
+
+def fragment_names(tree: dict[str, Any], origin: object) -> list[str]:
+    """Take `extends` out of a tree."""
+    names = tree.pop("extends", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{origin}: extends must be a list of fragment names, for example [model/hybrid, size/125m]")
+    return names
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else than a mapping.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)
     except OSError as error:
@@ -141,21 +158,23 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _fragments(names: Sequence[str], folder: Path, wanted_by: object) -> list[tuple[str, dict[str, Any]]]:
+def read_fragments(names: Sequence[str], folder: Path, wanted_by: object) -> list[Layer]:
+    """The layers of fragments below a folder, for whoever names them."""
     layers = []
     for name in names:
         path = folder / f"{name.removesuffix('.yaml')}.yaml"
         if not path.is_file():
             known = [str(file.relative_to(folder).with_suffix("")) for file in sorted(folder.rglob("*.yaml"))]
             raise ConfigError(f"{wanted_by}: there is no fragment '{name}' below {folder}{_nearest(name, known)}")
-        tree = _read_mapping(path)
+        tree = read_mapping(path)
         if "extends" in tree:
             raise ConfigError(f"{path}: a fragment extends nothing; name its parts in {wanted_by} instead")
         layers.append((str(path), tree))
     return layers
 
 
-def _parse_override(word: str) -> dict[str, Any]:
+def parse_override(word: str) -> dict[str, Any]:
+    """The keys that a word "section.key=value" gives."""
     key, equals, text = word.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
@@ -182,7 +201,7 @@ def _merge(tree: dict[str, Any], layer: Mapping[str, Any], origin: str, origins:
 # ------------------------------------------------------------------------------------------------ typed conversion
 
 
-def _build(kind: type, tree: Any, place: str, origins: Mapping[str, str]) -> Any:
+def build(kind: type, tree: Any, place: str, origins: Mapping[str, str]) -> Any:
     """An instance of the dataclass `kind` from a mapping; `place` is its dotted name, "" for the root."""
     if not isinstance(tree, Mapping):
         raise _error(place, origins, f"expects a section of keys, not {tree!r}")
@@ -209,7 +228,7 @@ def _build(kind: type, tree: Any, place: str, origins: Mapping[str, str]) -> Any
 
 def _convert(value: Any, kind: Any, place: str, metadata: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, place, origins)
+        return build(kind, value, place, origins)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise _error(place, origins, f"expects a list, not {value!r}; write [{value}]")

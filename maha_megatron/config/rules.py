@@ -359,6 +359,23 @@ def aggregation_keys_have_effect(config: Config) -> str | None:
     return None
 
 
+def layers_can_be_captured(config: Config) -> str | None:
+    if not config.train.cuda_graphs:
+        return None
+    maha, wanted = config.maha, []
+    if "maha" not in config.model.attention:
+        return f"train.cuda_graphs: no effect with model.attention = {sorted(set(config.model.attention))}; remove"
+    if maha.backend != "triton":
+        wanted.append("maha.backend: triton")
+    if maha.aggregation not in ("convex", "mean") or maha.coupling != "none":
+        wanted.append("maha.aggregation: convex with maha.coupling: none (others report how well they were solved)")
+    if config.train.recompute != "none":
+        wanted.append("train.recompute: none")
+    if config.zero.stage == 3:
+        wanted.append("zero.stage: 2 (stage 3 moves the parameters)")
+    return f"train.cuda_graphs needs {'; '.join(wanted)}; or set it to false" if wanted else None
+
+
 def program_is_named(config: Config) -> str | None:
     if not uses_maha(config) or config.maha.aggregation != "program":
         return None
@@ -408,6 +425,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     optimizer_keys_make_sense,
     *DATA_RULES,
     attention_keys_have_effect,
+    layers_can_be_captured,
     aggregation_keys_have_effect,
     program_is_named,
     *REFINE_RULES,

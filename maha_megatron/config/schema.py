@@ -302,6 +302,11 @@ class Train:
         owner="train",
         help="Fuse the memory-bound pieces of SwiGLU and loss with torch.compile; the first step waits for it.",
     )
+    cuda_graphs: bool = leaf(
+        False,
+        owner="train",
+        help="Replay MAHA layers as CUDA graphs: frees the host where it is slower than the GPU; costs memory.",
+    )
     deterministic: bool = leaf(False, owner="train", help="Bitwise reproducible kernels only; slower on a GPU.")
     validation_interval_steps: int = leaf(
         100, owner="train", help="Validate every so many steps and at the end; 0: only at the end.", minimum=0

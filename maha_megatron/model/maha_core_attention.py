@@ -1,10 +1,12 @@
 """MAHA in megatron-core's core_attention slot."""
 
+from collections.abc import Callable
+
 import torch
 
 from maha_megatron.attention.aggregation.stated_program import UnsolvedProgram
-from maha_megatron.attention.api import maha_attention
-from maha_megatron.attention.spec import MahaSpec, maha_parameter_specs
+from maha_megatron.attention.api import MahaOutput, maha_attention
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec, maha_parameter_specs
 from maha_megatron.errors import ProgramError
 from maha_megatron.model.bounds import DocumentBounds
 from maha_megatron.model.learned import LearnedAttention, local_heads
@@ -26,6 +28,7 @@ class MahaCoreAttention(LearnedAttention):
         self.solve_totals: SolveTotals | None = None
         self.collect_scale_weights = False
         self.scale_weights_l: torch.Tensor | None = None
+        self.captured: Callable | None = None  # CUDA graphs of training passes (captured.py)
 
     def forward(
         self,
@@ -54,23 +57,29 @@ class MahaCoreAttention(LearnedAttention):
         """
         assert attention_mask is None
         start_t = packed_seq_params.document_start_t
+        if self.captured is not None and self.captured.serves(query) and not self.collect_scale_weights:
+            return self.captured(query, key, value, start_t).flatten(1)
         try:
-            result = maha_attention(
-                query,
-                key,
-                value,
-                start_t,
-                self.learned(),
-                self.spec,
-                backend=self.backend,
-                with_weights=self.collect_scale_weights,
-            )
+            result = self.attend(query, key, value, start_t, self.learned())
         except UnsolvedProgram as error:
             raise self._placed(error, start_t, query.shape[1]) from error
         self.solve_totals = None if result.solves is None else SolveTotals.of(result.solves)
         if self.collect_scale_weights:
             self.scale_weights_l = result.scale_weights_tnl.detach().float().mean(dim=(0, 1))
         return result.out_tnd.flatten(1)
+
+    def attend(self, query, key, value, start_t, learned: AttentionParameters) -> MahaOutput:
+        """The operator; shapes as `forward` has them."""
+        return maha_attention(
+            query,
+            key,
+            value,
+            start_t,
+            learned,
+            self.spec,
+            backend=self.backend,
+            with_weights=self.collect_scale_weights,
+        )
 
     def _placed(self, error: UnsolvedProgram, start_t: torch.Tensor, heads: int) -> ProgramError:
         """The error with its place in the model; layers, heads and tokens count from 0."""

@@ -25,12 +25,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from maha_megatron.checkpoint.agreement import Failures
-from maha_megatron.config.derive import accumulation_steps
+from maha_megatron.config.derive import accumulation_steps, micro_batch_tokens
 from maha_megatron.config.render_deepspeed import deepspeed_config
 from maha_megatron.config.schema import Config
 from maha_megatron.data.batch import MicroBatch
 from maha_megatron.errors import CheckpointError, TrainingError
 from maha_megatron.model.bounds import document_bounds
+from maha_megatron.model.captured import capture_attention
 from maha_megatron.model.compiled import compile_pieces
 from maha_megatron.model.gpt import Gpt, build_gpt
 from maha_megatron.model.init import initialise_parameters
@@ -80,6 +81,7 @@ class Engine:
     def __init__(self, config: Config, inner: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self._config, self._inner, self._device = config, inner, device
         self._parameters = logical_names(inner.module)
+        self._captured = False  # whether layers replay CUDA graphs: from the first step on, parameters lie still
         self._solves: SolveTotals | None = None  # of all forward passes since `take_solves`
         # each micro-batch's loss is multiplied by this / count: see above
         self._averaged = accumulation_steps(config, dist.get_world_size()) * groups.data_size()
@@ -152,6 +154,9 @@ class Engine:
         Returns:
             The step's loss in nats per unmasked token.
         """
+        if self._config.train.cuda_graphs and not self._captured:
+            capture_attention(self._inner.module, micro_batch_tokens(self._config))
+            self._captured = True
         count = torch.tensor(sum(batch.unmasked for batch in batches), dtype=torch.float64, device=self._device)
         dist.all_reduce(count, group=groups.data_group())
         scale = (self._averaged / count).float()

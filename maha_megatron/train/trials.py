@@ -4,20 +4,15 @@ A trial is a process of its own (launch/pretrain.py, under torchrun when it has 
 leaks into the next and the measured program is the one that users run.
 """
 
-import contextlib
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import psutil
-
 from maha_megatron.errors import TrainingError
+from maha_megatron.train.child_process import ChildProcess
 from maha_megatron.train.metrics import METRICS, read_rows
 from maha_megatron.train.record import RECORD
 
@@ -66,27 +61,21 @@ def run_trial(
     run_folder = folder / trial.name
     _empty_folder(run_folder)
     settings = (f"run.folder={run_folder}", f"run.name={trial.name}", "checkpoint.resume=false", *trial.settings)
-    command = [sys.executable]
+    words = [str(script), "--config", str(trial.config)]
+    words += [part for setting in settings for part in ("--set", setting)]
+    words += ["--allow-program", trial.allow_program] if trial.allow_program else []
     if trial.processes > 1:
         # standalone: torchrun finds a free port itself, so that trials may run side by side
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trial.processes)]
-    command += [str(script), "--config", str(trial.config)]
-    command += [part for setting in settings for part in ("--set", setting)]
-    command += ["--allow-program", trial.allow_program] if trial.allow_program else []
-    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
-    log = run_folder / CONSOLE_LOG
-    with open(log, "w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            code = f"no end after {timeout_s:.0f} s"
-        finally:
-            _end_all(process)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trial.processes))
+        words = [*launcher, *words]
+    child = ChildProcess(words, run_folder / CONSOLE_LOG, device=None if device is None else str(device))
+    try:
+        code = child.wait(timeout_s)
+    finally:
+        child.end()
     if code != 0:
-        raise TrainingError(f"trial {trial.name} failed ({code}); the end of {log}:\n{_tail(log)}")
+        how = f"no end after {timeout_s:.0f} s" if code is None else code
+        raise TrainingError(f"trial {trial.name} failed ({how}); the end of {child.log}:\n{child.last_lines()}")
     return read_rows(run_folder / METRICS)
 
 
@@ -153,18 +142,3 @@ def _empty_folder(folder: Path) -> None:
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-def _end_all(process: subprocess.Popen) -> None:
-    """Kill a trial and everything below it, also ranks that a launcher put into sessions of their own."""
-    below = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        below = psutil.Process(process.pid).children(recursive=True)
-    for found in (process, *below):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.kill()
-    process.wait()
-
-
-def _tail(path: Path, lines: int = 30) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

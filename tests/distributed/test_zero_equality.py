@@ -64,7 +64,6 @@ EVERYDAY = (
     "TP 2",
     "TP 2 + SP",
     "TP 2 + SP, ZeRO 3",
-    "TP 2 + SP, ZeRO 1, compiled, recomputed",
 )
 # the batch whose unmasked tokens all sit on rank 0: where a mean of means, or a count of one's own, shows
 ONE_SIDED = ("ZeRO 0, accumulation 1", "ZeRO 1, accumulation 4", "ZeRO 2, accumulation 1", "ZeRO 3, accumulation 4")
@@ -116,7 +115,7 @@ def runs(request: pytest.FixtureRequest, one_process: dict[str, Any], several_pr
 
 
 def over(cases: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Four processes, and what stands between two everyday cases, are for the longer run."""
+    """Four processes, what is compiled, and what stands between two everyday cases, are for the longer run."""
     parameters = [
         pytest.param(case, marks=() if case[0] in EVERYDAY else pytest.mark.full, id=" / ".join(case)) for case in cases
     ]

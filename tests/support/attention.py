@@ -94,6 +94,11 @@ def leaves(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, tor
     return {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
 
 
+def exact_leaves(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The leaves that `dtype` holds, in fp64 on the CPU: of them the naive backend gives what is exact."""
+    return {name: value.detach().double().requires_grad_() for name, value in leaves(case, dtype).items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """A case's documents as attention takes them, on one device."""
@@ -202,6 +207,20 @@ def assert_equals_reference(
     assert_close(results(case, backend, dtype, device), reference(case), tolerance, plain)
 
 
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The norm of each difference over that of what is expected, or 0.1: a row that sees one key has no gradient."""
+    assert found.keys() == expected.keys()
+    return {
+        name: ((found[name].double() - value).norm() / value.norm().clamp(min=0.1)).item()
+        for name, value in expected.items()
+    }
+
+
+def wrong(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
+    """Those of `errors` that exceed the tolerance, or are no number."""
+    return {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+
+
 # half a unit of bf16 in the largest value, twice over; in fp32 the order of sums matters more than their rounding: on a
 # CPU 2^-19.7 is seen where the naive backend happens to be three times nearer
 _ERROR_FLOOR = {torch.bfloat16: 2**-8, torch.float32: 2**-18}
@@ -231,7 +250,7 @@ def _plain(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @functools.cache
 def _rounded_reference(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The naive backend in fp64 on leaves rounded to `dtype`: what a run in that dtype approximates."""
-    values = {name: value.detach().double().requires_grad_() for name, value in leaves(case, dtype).items()}
+    values = exact_leaves(case, dtype)
     found = attend(case, values, "naive")
     direction = torch.randn(found["out"].shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
     grads = torch.autograd.grad(found["out"], list(values.values()), direction, materialize_grads=True)

@@ -25,6 +25,7 @@ from maha_megatron.attention.aggregation import triton_outputs as kernels
 from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.decode.triton_step import Learned, Streams
+from maha_megatron.attention.dense import triton as dense
 from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention import triton_joint, triton_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
@@ -103,9 +104,12 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     of_rows, past, taps = (q, *levels[0]), empty(4, n + 2 * g, width, kind=dtype), empty((n + 2 * g) * width, 3)
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
+    turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
     single = triton_scales.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
+    parts_of = (found.learned_parts, made.gain_parts)
+    sums_of = [x[0] for x in parts_of]
     of_scales = single.found_by_query_gradients(given)
     by_scale = {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
@@ -117,6 +121,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
         | by_scale
         | _fusions(outs, lses, q)
         | {
+            "turning": turned.turning(of_rows[:2]),
+            "turning's gradients": turned.gradients(of_rows[:2], of_rows[:2], empty(turned.tiles, n + g, width)),
             "convolution": mixed.mixing(of_rows),
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
@@ -125,7 +131,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
-            "parts added up": triton_sums.adding_up(found.learned_parts, found.learned_parts[0]),
+            "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
     )
 

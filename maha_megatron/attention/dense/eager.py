@@ -43,15 +43,27 @@ def attend_dense(
     longest_document: int | None,
 ) -> torch.Tensor:
     """Output [t, n, d]; what it needs to know of the documents must be given: nothing here asks the device."""
-    assert document_lengths is not None, (
-        "the eager backend needs document_lengths: it never reads document_start_t back"
-    )
-    assert sum(document_lengths) == len(q_tnd), "document_lengths must sum to the rows of the packed sequence"
     position = torch.arange(len(q_tnd), device=q_tnd.device) - document_start_t
     dtype = torch.promote_types(q_tnd.dtype, torch.float32)
     turn = rotation(position.double()[:, None], q_tnd.shape[-1], spec.rope_base, dtype)
     q_tnd = NormaliseRotate.apply(q_tnd, parameters.query_gain, *turn, spec.norm_epsilon)
     k_tgd = NormaliseRotate.apply(k_tgd, parameters.key_gain, *turn, spec.norm_epsilon)
+    return attend_prepared(q_tnd, k_tgd, v_tgd, document_lengths, document_bounds, longest_document)
+
+
+def attend_prepared(
+    q_tnd: torch.Tensor,
+    k_tgd: torch.Tensor,
+    v_tgd: torch.Tensor,
+    document_lengths: Sequence[int] | None,
+    document_bounds: torch.Tensor | None,
+    longest_document: int | None,
+) -> torch.Tensor:
+    """Causal attention [t, n, d] within documents of queries and keys that are normalised and rotated."""
+    assert document_lengths is not None, (
+        "the eager backend needs document_lengths: it never reads document_start_t back"
+    )
+    assert sum(document_lengths) == len(q_tnd), "document_lengths must sum to the rows of the packed sequence"
     if len(set(document_lengths)) == 1:
         batch = (len(document_lengths), document_lengths[0])
         q, k, v = (x.unflatten(0, batch) for x in (q_tnd, k_tgd, v_tgd))

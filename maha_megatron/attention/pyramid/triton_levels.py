@@ -104,13 +104,15 @@ class Call:
         With `in_place`, the former are written over the latter.
         """
         totals, learned = [grads[-1]], [torch.empty_like(x, dtype=torch.float32) for x in self.learned]
+        sums = []
         for scale in range(self.scales - 1, 0, -1):
             total = grads[scale - 1] if in_place else self.empty(scale - 1)
             launch, parts = self.gradient(scale, levels[scale - 1], totals[0], grads[scale - 1], total)
             launch.run()
             totals.insert(0, total)
-            for part, whole in zip(parts, learned, strict=True):
-                adding_up(part, whole[scale - 1]).run()
+            sums += [(part, whole[scale - 1]) for part, whole in zip(parts, learned, strict=True)]
+        if sums:
+            adding_up(sums).run()
         return totals, [whole.to(x.dtype) for whole, x in zip(learned, self.learned, strict=True)]
 
 

@@ -18,9 +18,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def frequency_table(width: int, base: float, ratio: int, scales: int, device: torch.device) -> torch.Tensor:
-    """F of every scale and channel pair, int32 [L, 4, d/2].
+    """F of every scale and channel pair, int32 [L, 4, d/2]; kept for good, as CUDA graphs read it where it lies.
 
     The upper and the lower 32 bits, the upper rounded, and by how much that is more than the next finer scale's.
     """

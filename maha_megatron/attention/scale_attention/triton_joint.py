@@ -240,8 +240,7 @@ class Call:
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
-        for parts, whole in zip((found.learned_parts, made.gain_parts), sums, strict=True):
-            adding_up(parts, whole).run()
+        adding_up(zip((found.learned_parts, made.gain_parts), sums, strict=True)).run()
 
     def _learned_gradients(self, of_queries: torch.Tensor, of_keys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of query gain, key gain, rho and beta: from the sums of `learned_parts` and of the keys' `gain_parts`."""

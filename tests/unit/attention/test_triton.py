@@ -19,7 +19,17 @@ from maha_megatron.attention.scale_attention.triton import attend
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState, piece_document_start
-from tests.support.attention import PACKED, Case, documents_of, leaves, parameter_specs, reference
+from tests.support.attention import (
+    PACKED,
+    Case,
+    documents_of,
+    errors,
+    exact_leaves,
+    leaves,
+    parameter_specs,
+    reference,
+    wrong,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHORT = (13, 1, 7, 30, 3, 9)
@@ -101,21 +111,7 @@ def with_gradients(out, weights, values: dict[str, torch.Tensor]) -> dict[str, t
 @functools.cache
 def exact(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """By the naive backend in fp64, of leaves that `dtype` holds."""
-    values = {name: value.detach().double() for name, value in leaves(case, dtype).items()}
-    return run(case, {name: value.requires_grad_() for name, value in values.items()}, naive.attend)
-
-
-def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The norm of each difference over that of what is expected, or 0.1: a row that sees one key has no gradient."""
-    assert found.keys() == expected.keys()
-    return {
-        name: ((found[name].double() - value).norm() / value.norm().clamp(min=0.1)).item()
-        for name, value in expected.items()
-    }
-
-
-def wrong(found, expected, tolerance: float) -> dict[str, float]:
-    return {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+    return run(case, exact_leaves(case, dtype), naive.attend)
 
 
 @pytest.mark.parametrize(("case", "heads"), CASES)

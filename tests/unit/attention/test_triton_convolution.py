@@ -14,7 +14,17 @@ from tests.support.interpreter import DEVICE  # isort: split
 from maha_megatron.attention.api import dense_attention
 from maha_megatron.attention.convolution import eager, naive, triton
 from maha_megatron.attention.spec import AttentionParameters, DenseSpec, MahaSpec
-from tests.support.attention import PACKED, Case, documents_of, leaves, parameter_specs, start_rows
+from tests.support.attention import (
+    PACKED,
+    Case,
+    documents_of,
+    errors,
+    exact_leaves,
+    leaves,
+    parameter_specs,
+    start_rows,
+    wrong,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SPEC = MahaSpec(ratio=4, windows=(7, 5))
@@ -59,24 +69,10 @@ def run(case: Case, values: dict[str, torch.Tensor], convolve, offset: int | Non
     return {name: x.detach().cpu() for name, x in found.items()}
 
 
-def errors(found, expected) -> dict[str, float]:
-    """The norm of each difference over that of what is expected, or 0.1."""
-    assert found.keys() == expected.keys()
-    return {
-        name: ((found[name].double() - value).norm() / value.norm().clamp(min=0.1)).item()
-        for name, value in expected.items()
-    }
-
-
 @functools.cache
 def exact(case: Case, dtype: torch.dtype, offset: int | None = None) -> dict[str, torch.Tensor]:
     """By the naive backend in fp64, of leaves that `dtype` holds."""
-    values = {name: value.detach().double() for name, value in leaves(case, dtype).items()}
-    return run(case, {name: x.requires_grad_() for name, x in values.items()}, naive.convolve, offset)
-
-
-def wrong(found, expected, tolerance: float) -> dict[str, float]:
-    return {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+    return run(case, exact_leaves(case, dtype), naive.convolve, offset)
 
 
 @pytest.mark.parametrize("steps", STEPS)

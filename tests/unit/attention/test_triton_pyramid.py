@@ -12,7 +12,7 @@ from tests.support.interpreter import DEVICE  # isort: split
 from maha_megatron.attention.pyramid import naive, triton
 from maha_megatron.attention.pyramid.queries import pool_queries
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
-from tests.support.attention import Case, leaves, parameter_specs, start_rows
+from tests.support.attention import Case, exact_leaves, leaves, parameter_specs, start_rows, wrong
 from tests.support.everyday import everyday
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -62,23 +62,9 @@ def run(case: Case, values: dict[str, torch.Tensor], build, offset: int | None =
     return {name: x.detach().cpu() for name, x in found.items()}
 
 
-def errors(found, expected) -> dict[str, float]:
-    """The norm of each difference over that of what is expected, or 0.1."""
-    assert found.keys() == expected.keys()
-    return {
-        name: ((found[name].double() - value).norm() / value.norm().clamp(min=0.1)).item()
-        for name, value in expected.items()
-    }
-
-
 def exact(case: Case, dtype: torch.dtype, offset: int | None = None) -> dict[str, torch.Tensor]:
     """By the naive backend in fp64, of leaves that `dtype` holds."""
-    values = {name: value.detach().double() for name, value in leaves(case, dtype).items()}
-    return run(case, {name: x.requires_grad_() for name, x in values.items()}, naive.build_pyramid, offset)
-
-
-def wrong(found, expected, tolerance: float) -> dict[str, float]:
-    return {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+    return run(case, exact_leaves(case, dtype), naive.build_pyramid, offset)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -11,6 +11,7 @@ from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
 
 REFINED = {"model": {"attention": ["maha", "refined"]}}
+GRAPHS = {"train": {"cuda_graphs": True}}
 # rule -> configurations it must refuse, each with words its message must hold
 REFUSED = {
     "groups_divide_heads": [({"model": {"heads": 12, "kv_groups": 5}}, ["kv_groups = 5", "[1, 2, 3, 4, 6, 12]"])],
@@ -133,6 +134,16 @@ REFUSED = {
             ["maha.regularizer", "states its own"],
         ),
     ],
+    "layers_can_be_captured": [
+        (GRAPHS | {"model": {"attention": ["dense"]}}, ["no effect", "['dense']"]),
+        (GRAPHS | {"maha": {"backend": "eager"}}, ["needs maha.backend: triton; or set it to false"]),
+        (GRAPHS | {"maha": {"backend": "triton", "coupling": "gram"}}, ["convex with maha.coupling: none"]),
+        (GRAPHS | {"maha": {"backend": "triton", "aggregation": "nash"}}, ["convex with maha.coupling: none"]),
+        (
+            {"train": {"cuda_graphs": True, "recompute": "full"}, "zero": {"stage": 3}},
+            ["maha.backend: triton; train.recompute: none; zero.stage: 2"],
+        ),
+    ],
     "program_is_named": [
         ({"maha": {"aggregation": "program"}}, ["''", "my_module:build"]),
         ({"maha": {"aggregation": "program", "program": "my_module"}}, ["'my_module'", "module:function"]),
@@ -159,6 +170,8 @@ REFUSED = {
 
 ACCEPTED = [
     {},
+    GRAPHS | {"maha": {"backend": "triton"}},
+    GRAPHS | {"maha": {"backend": "triton", "aggregation": "mean"}},
     {"data": {"train": [{"prefix": "c", "epochs": 2}, {"prefix": "d", "epochs": 0.5}], "packing": "best_fit"}},
     {"data": {"skip": [{"first": 0, "last": 0}, {"first": 5, "last": 9}]}},
     {"train": {"precision": "fp32"}, "zero": {"stage": 0}},

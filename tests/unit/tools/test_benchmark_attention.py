@@ -112,6 +112,7 @@ def test_the_gate_has_as_many_scales_as_what_is_measured(ratio, rows, names):
     assert {name.removeprefix("out, ").removesuffix(" scales") for name in verdict.bounds if name[:3] == "out"} == names
 
 
+@pytest.mark.full
 def test_a_solver_that_is_wrong_for_many_scales_only_is_red(monkeypatch):
     """The path that is followed beyond four scales stops at one scale, and says that it is at the end."""
     honest = quadratic.follow_path

@@ -1,4 +1,4 @@
-"""What a step refuses, on one rank."""
+"""What a step refuses, and steps by graphs, on one rank."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from maha_megatron.errors import TrainingError
 from maha_megatron.train.engine import Engine
 from maha_megatron.train.guards import StepPlace
+from tests.support.graphs import graph_work  # noqa: F401 (a fixture)
 from tests.support.one_rank import one_rank  # noqa: F401 (a fixture)
 from tests.support.training import engine_for, micro_batches, training_config
 
@@ -41,3 +42,28 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(
     with engine_for(config, 1) as engine:  # the same step without the poison does change them
         engine.step(micro_batches(config, 0, "random"), 1e-2, PLACE)
         assert any(not torch.equal(before[name], now) for name, now in masters(engine).items())
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_steps_by_graphs_are_those_without(stage: int, graph_work: list[str]) -> None:  # noqa: F811
+    """Of two micro-batches each; between them a validation, and a step that measures the scales' weights."""
+
+    def trained(**changes: object) -> tuple[list, dict[str, torch.Tensor]]:
+        config = training_config(
+            model__layers=2, zero__stage=stage, train__micro_batch_samples=4, maha__backend="triton", **changes
+        )
+        with engine_for(config, 1) as engine:
+            seen = []
+            for number, weights in enumerate((False, True, False)):
+                batches = micro_batches(config, 8 * number, "random")
+                seen.append(engine.step(batches, 1e-2, PLACE, with_scale_weights=weights))
+                seen.append(engine.evaluate([("a", batches[0])]))
+            return seen, masters(engine)
+
+    plain, expected = trained()
+    assert graph_work == []
+    seen, found = trained(train__cuda_graphs=True)
+    assert graph_work == ["capture"] + 5 * ["forward", "backward"]  # of one layer; the sixth measured the weights
+    assert seen == plain
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
