@@ -72,23 +72,22 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     )
 
 
+def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=kind, device="meta")
+
+
 def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
     """Every launch of forward and backward at 4,096 tokens and their default windows, on the meta device."""
     windows, rows = (128, 112, 124, 64), 4096
     spec = MahaSpec(ratio=4, windows=windows, convolution=False)
-
-    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=kind, device="meta")
-
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
     level_keys, level_values = (
         [empty(rows // 4**scale, g, width, kind=dtype) for scale in range(len(windows))] for _ in range(2)
     )
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
-    by_groups = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
-    tuning = dataclasses.replace(tuning, groups=None)
-    call = triton_joint.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
+    of_call, portable = (q, *learned, start, spec, (0,) * len(windows)), dataclasses.replace(tuning, groups=None)
+    call = triton_joint.Call(*of_call, tuning, levels)
     keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
     made = call.made_by_key_gradients(level_keys, level_values)
     pyramids = {}
@@ -105,7 +104,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
     turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
-    single = triton_scales.Call(q, *learned, start, spec, (0,) * len(windows), tuning, levels)
+    single = triton_scales.Call(*of_call, tuning, levels)
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
     parts_of = (found.learned_parts, made.gain_parts)
@@ -126,8 +125,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution": mixed.mixing(of_rows),
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
-            "attention": call.attention(keys, q, lse, None),
-            "attention, as the table has it": by_groups.attention(keys, q, lse, None),
+            "attention": triton_joint.Call(*of_call, portable, levels).attention(keys, q, lse, None),
+            "attention, as the table has it": call.attention(keys, q, lse, None),
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
@@ -175,9 +174,6 @@ def decoding_launches(
 ) -> dict[str, Launch]:
     """Every launch of a step of 32 streams at the default windows of 4,096 tokens, on the meta device."""
     spec, streams = MahaSpec(ratio=4, windows=(128, 112, 124, 64), downsampling=downsampling), 32
-
-    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=kind, device="meta")
 
     x = [empty(streams * rows, heads, width, kind=dtype) for heads in (n, g, g)]
     entries = tuple(empty(streams, window, 2, g, width, kind=dtype) for window in spec.windows)
