@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -37,16 +36,11 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of one launch, for one program and thread.
-
-    Args:
-        lost_operands: of a kernel by warp groups, registers of queries that weights overwrite between tiles of keys.
-    """
+    """What the compiler made of one launch, for one program and thread."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    lost_operands: int
     ptx: str
 
 
@@ -67,7 +61,6 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         registers=registers,
         spilled_bytes=stack,
         shared_bytes=made.metadata.shared,
-        lost_operands=_lost_operands(made.asm["cubin"]) if kernel.is_gluon() else 0,
         ptx=str(made.asm["ptx"]),
     )
 
@@ -219,31 +212,14 @@ def _describe(value, path, attributes, constants) -> None:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack per thread: what a kernel without arrays of its own has there was spilled."""
-    said = _said("cuobjdump", "--dump-resource-usage", cubin)
-    registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
-    return int(registers[1]), int(stack[1])
-
-
-def _lost_operands(cubin: bytes) -> int:
-    """Left operands of products with keys, which stay the same over tiles, in registers that weights take as well."""
-    queries, lost, of_weights = set(), set(), True
-    for product in re.finditer(r"HGMMA\S* R\d+, R(\d+), gdesc\[\w+\](\.tnspB)?", _said("nvdisasm", "-c", cubin)):
-        registers = set(range(int(product[1]), int(product[1]) + 4))
-        if product[2]:  # values, which lie the other way round
-            lost |= queries & registers
-        else:
-            queries = registers if of_weights else queries | registers  # after weights, those of another warp group
-        of_weights = bool(product[2])
-    return len(lost)
-
-
-def _said(tool: str, option: str, cubin: bytes) -> str:
-    """What a tool that Triton carries says of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
+    return int(registers[1]), int(stack[1])
 
 
 def chosen(launches: dict[str, Launch], which: str) -> dict[str, Launch]:

@@ -11,8 +11,8 @@ Tiles are counted back from the last slot that a row of the program sees, so tha
 might be no numbers, which a weight of 0 would not undo. Channels are read in halves. A program does one work after
 another, and the loader fetches of the next one what there is room for.
 
-Turned queries are operands in registers where d is 128, which is faster, and in shared memory where d is 64: ptxas
-(12.8 to 13.0) would give them and weights the same registers, and a scale's second tile would meet weights instead.
+Turned queries are operands in shared memory. In registers ptxas (12.8 to 13.0) may give them and weights the same ones,
+and a scale's second tile then meets weights in place of queries; it did with 64 channels.
 """
 
 from triton.experimental import gluon
@@ -333,6 +333,7 @@ def attend_work(
     buffers, barriers = shared
     ring = (buffers[1], buffers[2], barriers[1], barriers[2])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
+    query = (buffers[3].index(2 * GROUP), buffers[3].index(2 * GROUP + 1))
     start, own, head = rows_and_head(work, places, SIZES, GROUP)
     start, ends = ends_of(start, places, SIZES.rows)
     first, own_ends = ends_of(own, places, GROUP_ROWS)
@@ -350,11 +351,8 @@ def attend_work(
         seen_from, seen_to = seen_by_whole_tile(first, own_ends, scale, SHAPE)
         of_queries = (raw, queries, head, row - document, norm, places, scale)
         query_first, query_second, raised = turned_queries(*of_queries, operand, SHAPE, operand_of(KEYS))
-        query = (query_first, query_second)
-        if SIZES.shared:
-            query = (buffers[3].index(2 * GROUP), buffers[3].index(2 * GROUP + 1))
-            query[0].store(query_first)
-            query[1].store(query_second)
+        query[0].store(query_first)
+        query[1].store(query_second)
         fence_async_shared()
         group_barrier()
         if scale == len(SHAPE.windows) - 1:  # the next work's queries may come
@@ -418,10 +416,8 @@ def attend_by_groups_kernel(
     query_buffers = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
     key_buffers = gl.allocate_shared_memory(operand, [2 * STAGES, KEYS, SHAPE.half], key_entries.layout)
     value_buffers = gl.allocate_shared_memory(operand, [STAGES, KEYS, 2 * SHAPE.half], value_0.layout)
-    buffers = (query_buffers, key_buffers, value_buffers)
-    if SIZES.shared:
-        turned = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
-        buffers = (query_buffers, key_buffers, value_buffers, turned)
+    turned = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
+    buffers = (query_buffers, key_buffers, value_buffers, turned)
     barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)

@@ -39,7 +39,7 @@ def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, va
         **{f"value_{scale}": of_scale for scale, of_scale in enumerate(of_values)},
     }
     heads = math.gcd(tiles.heads, n // keys.shape[0])
-    sizes = GroupSizes(heads=heads, stages=tiles.stages, shared=width < tiles.registers_from)
+    sizes = GroupSizes(heads=heads, stages=tiles.stages)
     work = -(-rows // sizes.rows) * (n // heads)
     return Launch(
         kernel=attend_by_groups_kernel,

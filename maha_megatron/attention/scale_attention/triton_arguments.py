@@ -111,12 +111,10 @@ class GroupSizes:
     Args:
         heads: query heads of a program, 1 or 2.
         stages: tiles of keys and values in shared memory.
-        shared: whether turned queries are in shared memory, rather than in registers.
     """
 
     heads: int
     stages: int
-    shared: bool
 
     @property
     def rows(self) -> int:

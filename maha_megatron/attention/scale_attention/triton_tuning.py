@@ -36,12 +36,10 @@ class GroupTiles:
     Args:
         heads: 2, then a program has 64 rows of two heads, where 2 divides n/g; otherwise 128 rows of one.
         stages: tiles of 64 keys and values in shared memory.
-        registers_from: heads of at least so many channels have turned queries in registers, others in shared memory.
     """
 
     heads: int = 2
     stages: int = 4
-    registers_from: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +100,8 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
 def _groups_of(numbers: Sequence[int]) -> GroupTiles | None:
     if not numbers:
         return None
-    heads, stages, registers_from = numbers
-    return GroupTiles(heads=heads, stages=stages, registers_from=registers_from)
+    heads, stages = numbers
+    return GroupTiles(heads=heads, stages=stages)
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)

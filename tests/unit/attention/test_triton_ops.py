@@ -159,5 +159,5 @@ def test_the_whole_operator_compiled_and_recomputed_is_the_same(how):
 def test_a_tuning_is_the_same_after_a_list_of_numbers():
     tuning = Tuning(forward=Tiles(rows=16, heads=2, registers=168), key_gradient=Tiles(stages=3))
     assert tuning_of(numbers_of(tuning)) == tuning
-    tuning = dataclasses.replace(tuning, groups=GroupTiles(heads=1, stages=3, registers_from=64))
+    tuning = dataclasses.replace(tuning, groups=GroupTiles(heads=1, stages=3))
     assert tuning_of(numbers_of(tuning)) == tuning
