@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[3]
 # of one program: Ampere and Ada at their least, and Hopper
 SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
-# by triton 3.6, between scales, never in the loop over keys or rows (nvdisasm); of games at any width
+# by triton 3.6, between scales or programs, never in the loop over keys or rows (nvdisasm); of games at any width
 OF_GAMES = {"equilibrium, a game, 8 scales": 16, "continuation, a game": 8, "continuation, nash": 8}
 SPILLED_BYTES = {
     32: OF_GAMES,
     64: OF_GAMES,
     128: OF_GAMES
     | {
+        "attention, as the table has it": 32,
         "query gradients": 48,
         "attention, scale by scale": 16,
         "query gradients, scale by scale": 40,
