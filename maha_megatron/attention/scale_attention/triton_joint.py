@@ -8,9 +8,13 @@ Kept for backward: q, the levels, out, and one number per row and head. Backward
 prepared keys, are those of a few groups. Every sum has a fixed order, so results are bitwise reproducible.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
+import triton
 
 from maha_megatron.attention.scale_attention.triton_arguments import (
     KeyGradients,
@@ -31,6 +35,9 @@ from maha_megatron.attention.scale_attention.triton_tuning import Tiles
 from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
 from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
+
+_GLUON_VERSIONS = ("3.6", "3.7")  # of Triton: Gluon is experimental, and what it means may change with each
+_log = logging.getLogger(__name__)
 
 
 class Call:
@@ -109,12 +116,10 @@ class Call:
     def attention(self, keys, out, lse, scale_lse) -> Launch:
         tiles = self.tuning.forward
         tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse)
-        if self.tuning.groups is not None and compiled():
-            from maha_megatron.attention.scale_attention import gluon_launch  # not everywhere is Gluon
-
-            if gluon_launch.unserved(self.q, self.values) is None:
-                arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
-                return gluon_launch.launch(arguments, keys, self.q, self.values, self.tuning.groups)
+        by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() else None
+        if by_groups is not None and by_groups.unserved(self.q, self.values) is None:
+            arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
+            return by_groups.launch(arguments, keys, self.q, self.values, self.tuning.groups)
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
@@ -251,6 +256,24 @@ class Call:
         grad_rho = of_queries[:, 1:-1].transpose(0, 1) * self.query_gain
         grad_beta = of_queries[:, -1, : self.spec.scales].T
         return *of_gains, grad_rho.to(self.rho.dtype, **copied), grad_beta.to(self.beta.dtype, **copied)
+
+
+@functools.cache
+def _gluon_launch() -> ModuleType | None:
+    """gluon_launch.py; None, which is said once, where there is not the Gluon that its kernel was written for."""
+    try:
+        if ".".join(triton.__version__.split(".")[:2]) not in _GLUON_VERSIONS:
+            raise ImportError(f"it is written for {' and '.join(_GLUON_VERSIONS)}")
+        from maha_megatron.attention.scale_attention import gluon_launch
+    except (ImportError, AttributeError) as error:
+        _log.warning(
+            "joint attention: triton %s cannot have the forward by warp groups (%s); the portable kernel, which is "
+            "slower, takes its place",
+            triton.__version__,
+            error,
+        )
+        return None
+    return gluon_launch
 
 
 def of_rows(x: torch.Tensor) -> Rows:
