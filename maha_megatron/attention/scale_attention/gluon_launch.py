@@ -25,8 +25,13 @@ def unserved(q: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
         return f"{q.dtype}, heads of {q.shape[-1]} channels"
     if len(values) > _MOST_SCALES:
         return f"{len(values)} scales"
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) > 0 for x in (q, *values))
-    return None if aligned else "rows that do not begin at multiples of 16 bytes"
+    read = (q, *values)
+    if any(x.dtype != q.dtype for x in read):
+        return "values of another dtype than queries"
+    if any(x.stride(0) < _row_length(x) for x in read):
+        return "rows that overlap in memory"
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in read)
+    return None if aligned else "rows or heads that do not begin at multiples of 16 bytes"
 
 
 def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles) -> Launch:
@@ -52,9 +57,13 @@ def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, va
 
 def _described(x: torch.Tensor, rows: int, channels: int) -> TensorDescriptor:
     """A tensor [rows, heads, d] as rows of numbers, of which tiles [rows, channels] are copied."""
-    length = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     layout = gl.NVMMASharedLayout.get_default_for([rows, channels], _KINDS[x.dtype])
-    return TensorDescriptor(x, [x.shape[0], length], [x.stride(0), 1], [rows, channels], layout)
+    return TensorDescriptor(x, [x.shape[0], _row_length(x)], [x.stride(0), 1], [rows, channels], layout)
+
+
+def _row_length(x: torch.Tensor) -> int:
+    """From a row's first number to its last, other tensors' in between included."""
+    return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
 
 
 @functools.cache

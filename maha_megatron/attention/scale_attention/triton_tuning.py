@@ -41,6 +41,9 @@ class GroupTiles:
     heads: int = 2
     stages: int = 4
 
+    def __post_init__(self) -> None:
+        assert self.heads in (1, 2), self.heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
