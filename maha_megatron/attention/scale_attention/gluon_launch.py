@@ -57,8 +57,14 @@ def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, va
 
 def _described(x: torch.Tensor, rows: int, channels: int) -> TensorDescriptor:
     """A tensor [rows, heads, d] as rows of numbers, of which tiles [rows, channels] are copied."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, channels], _KINDS[x.dtype])
+    layout = _layout(rows, channels, x.dtype)
     return TensorDescriptor(x, [x.shape[0], _row_length(x)], [x.stride(0), 1], [rows, channels], layout)
+
+
+@functools.cache
+def _layout(rows: int, channels: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory; kept, as working it out takes longer than the rest of a description."""
+    return gl.NVMMASharedLayout.get_default_for([rows, channels], _KINDS[dtype])
 
 
 def _row_length(x: torch.Tensor) -> int:
