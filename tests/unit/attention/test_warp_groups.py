@@ -1,0 +1,200 @@
+"""The forward by warp groups without a card: which calls it serves, what takes the others, and how it is launched."""
+
+import dataclasses
+import logging
+import re
+import sys
+
+import pytest
+import torch
+
+from maha_megatron.attention import scale_attention
+from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes
+from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, tuning_for
+from maha_megatron.attention.spec import MahaSpec
+from maha_megatron.scales import slot_count, stride
+
+triton_joint = pytest.importorskip("maha_megatron.attention.scale_attention.triton_joint")
+gluon_launch = pytest.importorskip("maha_megatron.attention.scale_attention.gluon_launch")
+attend_kernel = triton_joint.attend_kernel
+
+TUNING = tuning_for(2, (9, 0))
+WINDOWS = (128, 112, 124, 64)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def projected(rows: int, *heads: int, width: int = 64, gap: int = 0, dtype: torch.dtype = torch.bfloat16):
+    """What one projection writes, in parts of so many heads, views of its rows; `gap`: numbers behind each row."""
+    whole = empty(rows, sum(heads) * width + gap, dtype=dtype)[:, : sum(heads) * width]
+    return whole.unflatten(1, (-1, width)).split(heads, dim=1)
+
+
+def call_of(q, k, v, *, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None):
+    past_slots, g, width = past_slots or (0,) * len(windows), k.shape[1], k.shape[2]
+    levels = [(k, v)]
+    for scale in range(1, len(windows)):
+        entries = past_slots[scale] + slot_count(len(q), stride(ratio, scale))
+        levels.append(tuple(empty(entries, g, width, dtype=q.dtype) for _ in range(2)))
+    scales, n = len(windows), q.shape[1]
+    learned = (empty(n, width), empty(g, width), empty(scales, n, width), empty(scales, n))
+    spec = MahaSpec(ratio=ratio, windows=windows, convolution=False)
+    return triton_joint.Call(q, *learned, empty(len(q), dtype=torch.int64), spec, past_slots, tuning, levels)
+
+
+def launch_of(call, *, with_weights: bool = False):
+    keys = empty(call.g, sum(call.entries), call.d, dtype=call.q.dtype)
+    out, lse = empty(*call.q.shape, dtype=call.q.dtype), empty(call.n, call.rows, dtype=torch.float32)
+    scale_lse = empty(call.rows, call.n, call.spec.scales, dtype=torch.float32) if with_weights else None
+    return call.attention(keys, out, lse, scale_lse)
+
+
+@pytest.fixture
+def as_compiled(monkeypatch):
+    """As where kernels are compiled; Gluon is looked for again, now and afterwards."""
+    monkeypatch.setattr(triton_joint, "compiled", lambda: True)
+    triton_joint._gluon_launch.cache_clear()
+    yield
+    triton_joint._gluon_launch.cache_clear()
+
+
+ROWS_AND_VALUES = {
+    "as one projection writes them": (projected(100, 4, 2), None),
+    "fp16, 128 channels": (projected(100, 4, 2, width=128, dtype=torch.float16), None),
+    "one row and head": (projected(1, 1, 1), None),
+    "values of all groups the same": ((empty(9, 2, 64), empty(9, 1, 64).expand(-1, 2, -1)), None),
+    "fp32": ((empty(9, 2, 64, dtype=torch.float32),) * 2, "torch.float32, heads of 64 channels"),
+    "32 channels": ((empty(9, 2, 32),) * 2, "torch.bfloat16, heads of 32 channels"),
+    "9 scales": ((empty(9, 2, 64),) * 10, "9 scales"),
+    "two dtypes": ((empty(9, 2, 64), empty(9, 2, 64, dtype=torch.float16)), "values of another dtype"),
+    "all rows the same": ((empty(9, 2, 64), empty(1, 2, 64).expand(9, -1, -1)), "rows that overlap"),
+    "head by head": ((empty(2, 9, 64).transpose(0, 1), empty(9, 2, 64)), "rows that overlap"),
+    "rows 4 numbers apart": (projected(100, 4, 2, gap=4), "multiples of 16 bytes"),
+    "heads 4 numbers apart": ((empty(9, 2, 68)[..., :64], empty(9, 2, 64)), "multiples of 16 bytes"),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), ROWS_AND_VALUES.values(), ids=ROWS_AND_VALUES)
+def test_what_keeps_the_kernel_from_a_call_is_said(given, expected):
+    q, *values = given
+    found = gluon_launch.unserved(q, values)
+    assert found is None if expected is None else expected in found
+
+
+def test_rows_that_begin_between_multiples_of_16_bytes_are_not_served():
+    """On a device that has addresses."""
+    numbers = torch.zeros(9 * 128 + 4, dtype=torch.bfloat16)
+    aligned, moved = (numbers[first : first + 9 * 128].view(9, 2, 64) for first in (0, 4))
+    assert gluon_launch.unserved(aligned, [aligned]) is None
+    assert "multiples of 16 bytes" in gluon_launch.unserved(aligned, [moved])
+
+
+@pytest.mark.usefixtures("as_compiled")
+def test_the_table_has_warp_groups_for_hopper_in_16_bits_only():
+    cards = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [card for card in cards if tuning_for(2, card).groups is not None] == [(9, 0)]
+    assert tuning_for(4, (9, 0)).groups is None
+    for card in cards:
+        by_groups = launch_of(call_of(*projected(100, 4, 2, 2), tuning=tuning_for(2, card))).kernel is not attend_kernel
+        assert by_groups == (card == (9, 0))
+
+
+@pytest.mark.usefixtures("as_compiled")
+def test_what_the_kernel_does_not_serve_goes_to_the_portable_one():
+    q, k, v = projected(100, 4, 2, 2)
+    assert launch_of(call_of(q, k, v)).kernel is gluon_launch.attend_by_groups_kernel
+    assert launch_of(call_of(q.transpose(0, 1).contiguous().transpose(0, 1), k, v)).kernel is attend_kernel
+    assert launch_of(call_of(q, k, empty(1, 2, 64).expand(100, -1, -1))).kernel is attend_kernel
+    assert launch_of(call_of(*projected(100, 4, 2, 2, width=32))).kernel is attend_kernel
+
+
+def test_interpreted_kernels_are_the_portable_ones(monkeypatch):
+    monkeypatch.setattr(triton_joint, "compiled", lambda: False)
+    assert launch_of(call_of(*projected(100, 4, 2, 2))).kernel is attend_kernel
+
+
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize(
+    ("version", "importable", "reason"),
+    [
+        ("3.8.0", True, "it is written for 3.6 and 3.7"),
+        ("3.60.1+git5", True, "it is written for 3.6 and 3.7"),
+        ("3.7.1", False, "import of .* halted"),
+    ],
+)
+def test_without_the_gluon_that_it_needs_the_portable_kernel_serves_and_that_is_said_once(
+    monkeypatch, caplog, version, importable, reason
+):
+    caplog.set_level(logging.WARNING, logger=triton_joint.__name__)
+    monkeypatch.setattr(triton_joint.triton, "__version__", version)
+    if not importable:
+        monkeypatch.delattr(scale_attention, "gluon_launch")
+        monkeypatch.setitem(sys.modules, gluon_launch.__name__, None)
+    call = call_of(*projected(100, 4, 2, 2))
+    assert [launch_of(call).kernel for _ in range(2)] == [attend_kernel] * 2
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert re.search(rf"triton {re.escape(version)} cannot have the forward by warp groups \({reason}", said)
+
+
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize(
+    ("n", "g", "wanted", "heads"), [(4, 4, 2, 1), (4, 2, 2, 2), (4, 2, 1, 1), (6, 2, 2, 1), (12, 2, 2, 2), (1, 1, 2, 1)]
+)
+def test_rows_and_heads_of_a_program_cover_all_once(n, g, wanted, heads):
+    """Two heads where an even number of them shares a KV group; each program's rows and heads, as the kernel counts."""
+    tuning = dataclasses.replace(TUNING, groups=GroupTiles(heads=wanted))
+    launch = launch_of(call_of(*projected(200, n, g, g), tuning=tuning))
+    sizes = launch.arguments["SIZES"]
+    assert sizes == GroupSizes(heads=heads, stages=4)
+    tiles, seen = -(-200 // sizes.rows), []
+    work = tiles * (n // sizes.heads)
+    for number in range(work):
+        of_program = [
+            (number % tiles * sizes.rows + group // heads * 64, number // tiles * heads + group % heads)
+            for group in range(2)
+        ]
+        assert len({head // (n // g) for _, head in of_program}) == 1
+        seen += of_program
+    rows = range(0, tiles * sizes.rows, 64)
+    assert sorted(seen) == [(row, head) for row in rows for head in range(n)]
+    assert launch.grid == (min(work, 132),)
+
+
+def test_a_program_has_128_rows_of_one_head_or_64_of_two():
+    assert [GroupSizes(heads=heads, stages=4).rows for heads in (1, 2)] == [128, 64]
+    with pytest.raises(AssertionError):
+        GroupTiles(heads=4)
+
+
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize("scales", [1, 8])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_the_kernel_is_given_every_argument_and_a_descriptor_of_every_scale(scales, with_weights):
+    past_slots = (16,) * scales
+    q, (k, v) = projected(40, 4, 2, 2)[0], projected(56, 2, 2, width=64)
+    launch = launch_of(
+        call_of(q, k, v, windows=(16,) * scales, ratio=3, past_slots=past_slots), with_weights=with_weights
+    )
+    assert launch.arguments.keys() == set(launch.kernel.arg_names)
+    assert (launch.arguments["scale_lse"] is not None) == with_weights
+    values = [launch.arguments[f"value_{scale}"] for scale in range(8)]
+    assert [x is None for x in values] == [scale >= scales for scale in range(8)]
+    for scale, described in enumerate(values[:scales]):
+        entries = 16 + slot_count(40, 3**scale)
+        assert (described.shape, described.block_shape) == ([entries, 2 * 64], [64, 64])
+    assert values[0].strides == [4 * 64, 1]
+    queries, keys = launch.arguments["query_rows"], launch.arguments["key_entries"]
+    assert (queries.shape, queries.strides, queries.block_shape) == ([40, 4 * 64], [8 * 64, 1], [64, 32])
+    total = sum(16 + slot_count(40, 3**scale) for scale in range(scales))
+    assert (keys.shape, keys.strides, keys.block_shape) == ([2 * total, 64], [64, 1], [64, 32])
+
+
+@pytest.mark.usefixtures("as_compiled")
+def test_a_described_row_ends_with_its_last_head():
+    """Of a projection that writes queries, keys and values of a KV group side by side."""
+    q, k, v = empty(100, 2, 3 * 64).split(64, dim=2)
+    given = launch_of(call_of(q, k, v)).arguments
+    assert (given["query_rows"].shape, given["query_rows"].strides) == ([100, 4 * 64], [6 * 64, 1])
+    assert (given["value_0"].shape, given["value_0"].strides) == ([100, 4 * 64], [6 * 64, 1])
