@@ -1,6 +1,7 @@
 """Kernels compiled ahead, for a card that is not there.
 
 python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints registers, spills and shared memory as JSON
+WHICH: as `chosen` has it, or "by warp groups"
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from maha_megatron.attention.scale_attention import triton_joint, triton_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.attention.triton_launch import Launch
+from maha_megatron.scales import slot_count, stride
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
@@ -163,6 +165,28 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
     }
 
 
+def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
+    """The forward by warp groups at the ends of what it serves, on the meta device."""
+    found, tuning = {}, tuning_for(dtype.itemsize, (9, 0))
+    for name, rows, n, g, ratio, windows, past, with_weights in (
+        ("one row and head", 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("one scale, one head at a time", 4096, 6, 2, 2, (100,), False, True),
+        ("ratio 3, after a past", 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("8 scales", 4096, 16, 8, 4, (64,) * 8, False, True),
+    ):
+        pasts = windows if past else (0,) * len(windows)
+        entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
+        levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in entries]
+        learned = (empty(n, width), empty(g, width))
+        learned += (empty(len(windows), n, width), empty(len(windows), n)) if with_weights else (None, None)
+        spec, q = MahaSpec(ratio=ratio, windows=windows, convolution=False), empty(rows, n, width, kind=dtype)
+        call = triton_joint.Call(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
+        keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
+        found[name] = call.attention(keys, q, empty(n, rows), of_scales if with_weights else None)
+        assert found[name].kernel.is_gluon(), name
+    return found
+
+
 def decoding_launches(
     width: int, dtype: torch.dtype, *, rows: int = 1, n: int = 16, g: int = 16, downsampling: str = "gated"
 ) -> dict[str, Launch]:
@@ -246,8 +270,12 @@ def _first_of(launches: dict[str, Launch], kernel: object) -> Launch:
 def main() -> None:
     capability, width, dtype, which = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4]
     found = {}
-    tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
-    for name, launch in chosen(launches(width, dtype, tuning) | decoding_launches(width, dtype), which).items():
+    if which == "by warp groups":
+        asked = warp_group_launches(width, dtype)
+    else:
+        tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
+        asked = chosen(launches(width, dtype, tuning) | decoding_launches(width, dtype), which)
+    for name, launch in asked.items():
         compiled = dataclasses.asdict(compile_launch(launch, capability))
         found[name] = {key: value for key, value in compiled.items() if key != "ptx"}
     print(json.dumps(found))

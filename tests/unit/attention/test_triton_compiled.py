@@ -76,3 +76,13 @@ def test_kernels_compile_within_the_card(capability, everyday):
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_every_kernel_compiles_within_the_card(capability, width, dtype):
     check(compiled(capability, width, dtype), capability, width, dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("width", "dtype"), [(64, "bfloat16"), (128, "float16")])
+def test_the_forward_by_warp_groups_compiles_at_the_ends_of_what_it_serves(width, dtype):
+    """One row and one head, which are compiled in, one scale and eight, a ratio of 3, entries of a past."""
+    found = compiled(90, width, dtype, "by warp groups")
+    assert len(found) == 4
+    check(found, 90, width, dtype)
+    assert max(one["spilled_bytes"] for one in found.values()) <= 32
