@@ -8,8 +8,11 @@ Rows are 128 of one head, or 64 of two heads of one KV group.
     consumers    turn q for scale 0, attend to its tiles; turn q for scale 1 ... wait until it is full
 
 Tiles are counted back from the last slot that a row of the program sees, so that no slot behind it is read: its values
-might be no numbers, which a weight of 0 would not undo. Channels are read in halves. A program does one work after
-another, and the loader fetches of the next one what there is room for.
+might be no numbers, which a weight of 0 would not undo. Of up to 63 slots in front of the first that some row sees,
+which the portable kernel does not read, values are read and get that weight: they have to be numbers.
+
+Channels of queries and keys are read in halves. A program does one work after another, and the loader fetches of the
+next one what there is room for.
 
 Turned queries are operands in shared memory. In registers ptxas (12.8 to 13.0) may give them and weights the same ones,
 and a scale's second tile then meets weights in place of queries; it did with 64 channels.
