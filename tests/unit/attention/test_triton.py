@@ -167,11 +167,10 @@ def test_weights_are_written_when_asked_for_only():
 @pytest.mark.parametrize(
     ("lengths", "cuts", "windows", "options"),
     [
-        ((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {}),
-        ((107,), (0, 100, 101, 107), (64, 32, 11), {}),
-        ((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME),
+        pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {}, id="packed"),
+        pytest.param((107,), (0, 100, 101, 107), (64, 32, 11), {}, marks=full, id="a past of several tiles of keys"),
+        pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME, id="a game"),
     ],
-    ids=["packed", "a past of several tiles of keys", "a game"],
 )
 def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows, options):
     case = Case(lengths=lengths, n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=windows, **options))

@@ -88,7 +88,14 @@ def kill_at_random(
             path.unlink()
 
 
-@pytest.mark.parametrize("more", [("--workers", 1), ("--workers", 2), ("--workers", 2, "--partitions", 2)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--workers", 1), marks=pytest.mark.full),
+        pytest.param(("--workers", 2), marks=pytest.mark.full),
+        ("--workers", 2, "--partitions", 2),
+    ],
+)
 def test_killed_and_continued_gives_the_same_bytes(tmp_path: Path, model: str, more: tuple) -> None:
     corpus, straight = tmp_path / "odd.jsonl", tmp_path / "straight"
     odd_corpus(corpus, 8 * DOCUMENTS)
