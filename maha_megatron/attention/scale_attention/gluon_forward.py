@@ -45,7 +45,6 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
 )
 from maha_megatron.attention.triton_slots import entries_before, past_of, visible, window_of
 
-group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # from triton 3.7 on, and in 3.6
 GROUP_ROWS = gl.constexpr(64)  # of one warp group: what one matrix instruction takes
 KEYS = gl.constexpr(64)  # of a tile
 
@@ -103,7 +102,7 @@ def wait_for(barriers, tile):
 def let_go(barriers, tile):
     """A warp group no longer reads a tile: one thread says so for all."""
     STAGES: gl.constexpr = barriers[0].shape[0]
-    group_barrier()
+    gl.thread_barrier()
     mbarrier.arrive(barriers[1].index(tile % STAGES), count=1)
 
 
@@ -357,7 +356,7 @@ def attend_work(
         query[0].store(query_first)
         query[1].store(query_second)
         fence_async_shared()
-        group_barrier()
+        gl.thread_barrier()
         if scale == len(SHAPE.windows) - 1:  # the next work's queries may come
             mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
         skip(tile, tile + near, ring)

@@ -36,7 +36,7 @@ from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
 from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
 
-_GLUON_VERSIONS = ("3.6", "3.7")  # of Triton: Gluon is experimental, and what it means may change with each
+_GLUON_VERSIONS = ("3.6",)  # of Triton, that ran on a card: Gluon is experimental and may change with each
 _log = logging.getLogger(__name__)
 
 
@@ -263,7 +263,7 @@ def _gluon_launch() -> ModuleType | None:
     """gluon_launch.py; None, which is said once, where there is not the Gluon that its kernel was written for."""
     try:
         if ".".join(triton.__version__.split(".")[:2]) not in _GLUON_VERSIONS:
-            raise ImportError(f"it is written for {' and '.join(_GLUON_VERSIONS)}")
+            raise ImportError(f"it ran with {' and '.join(_GLUON_VERSIONS)} only")
         from maha_megatron.attention.scale_attention import gluon_launch
     except (ImportError, AttributeError) as error:
         _log.warning(
