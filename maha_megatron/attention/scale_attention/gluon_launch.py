@@ -8,12 +8,11 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
+from maha_megatron.attention.scale_attention.gluon_forward import GROUP_ROWS, KEYS, attend_by_groups_kernel
 from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles
 from maha_megatron.attention.triton_launch import Launch
 
-_GROUP_ROWS = _KEYS = 64
 _MOST_SCALES = 8
 _REGISTERS = 168  # of each of 384 threads at the start; consumers then get what the loader leaves
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -37,10 +36,10 @@ def unserved(q: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
 def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles) -> Launch:
     """With `arguments` as of attend_kernel, SHAPE included: the prepared keys, queries and values once more."""
     rows, n, width = q.shape
-    of_values = [_described(x, _KEYS, width) for x in values] + [None] * (_MOST_SCALES - len(values))
+    of_values = [_described(x, KEYS.value, width) for x in values] + [None] * (_MOST_SCALES - len(values))
     described = {
-        "query_rows": _described(q, _GROUP_ROWS, width // 2),
-        "key_entries": _described(keys.view(-1, 1, width), _KEYS, width // 2),
+        "query_rows": _described(q, GROUP_ROWS.value, width // 2),
+        "key_entries": _described(keys.view(-1, 1, width), KEYS.value, width // 2),
         **{f"value_{scale}": of_scale for scale, of_scale in enumerate(of_values)},
     }
     heads = math.gcd(tiles.heads, n // keys.shape[0])

@@ -4,7 +4,6 @@ Its times are in tools/results/attention_kernels_log_2026-11-27.md, those of war
 tune a card: `attend(..., tuning=Tuning(...))` of triton.py takes other tiles.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,12 +68,12 @@ def numbers_of(tuning: Tuning) -> list[int]:
     numbers = []
     for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
-    groups = [] if tuning.groups is None else list(dataclasses.astuple(tuning.groups))
-    return [*numbers, tuning.span, tuning.programs, *groups]
+    of_groups = [0, 0] if tuning.groups is None else [tuning.groups.heads, tuning.groups.stages]
+    return [*numbers, tuning.span, tuning.programs, *of_groups]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
-    of_tiles, (span, programs, *of_groups) = numbers[:24], numbers[24:]
+    *of_tiles, span, programs, heads_of_groups, stages_of_groups = numbers
     kernels = []
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
@@ -96,15 +95,8 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
         key_gradient=key_gradient,
         span=span,
         programs=programs,
-        groups=_groups_of(of_groups),
+        groups=GroupTiles(heads=heads_of_groups, stages=stages_of_groups) if heads_of_groups else None,
     )
-
-
-def _groups_of(numbers: Sequence[int]) -> GroupTiles | None:
-    if not numbers:
-        return None
-    heads, stages = numbers
-    return GroupTiles(heads=heads, stages=stages)
 
 
 _SMALL = Tiles(rows=32, keys=32, stages=1)
