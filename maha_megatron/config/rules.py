@@ -369,6 +369,8 @@ def layers_can_be_captured(config: Config) -> str | None:
         wanted.append("maha.backend: triton")
     if maha.aggregation not in ("convex", "mean") or maha.coupling != "none":
         wanted.append("maha.aggregation: convex with maha.coupling: none (others report how well they were solved)")
+    if maha.queries != "full" or maha.key_map:
+        wanted.append("maha.queries: full with maha.key_map: false (no kernels serve others, and none was captured)")
     if config.train.recompute != "none":
         wanted.append("train.recompute: none")
     if config.zero.stage == 3:

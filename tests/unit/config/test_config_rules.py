@@ -139,6 +139,8 @@ REFUSED = {
         (GRAPHS | {"maha": {"backend": "eager"}}, ["needs maha.backend: triton; or set it to false"]),
         (GRAPHS | {"maha": {"backend": "triton", "coupling": "gram"}}, ["convex with maha.coupling: none"]),
         (GRAPHS | {"maha": {"backend": "triton", "aggregation": "nash"}}, ["convex with maha.coupling: none"]),
+        (GRAPHS | {"maha": {"backend": "triton", "queries": "pooled"}}, ["needs maha.queries: full"]),
+        (GRAPHS | {"maha": {"backend": "triton", "key_map": True}}, ["maha.key_map: false"]),
         (
             {"train": {"cuda_graphs": True, "recompute": "full"}, "zero": {"stage": 3}},
             ["maha.backend: triton; train.recompute: none; zero.stage: 2"],
