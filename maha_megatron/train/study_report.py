@@ -165,7 +165,7 @@ def _needle_text(runs: Sequence[StudyRun], found: Mapping[str, dict], reference:
         return _columns_table(runs, reference, "distance", columns, lambda x: format(x.mean, shown))
 
     return (
-        "## Needle\n\nShare of needles whose value is predicted whole, by distance in tokens. {_ASKED_NOISE} "
+        f"## Needle\n\nShare of needles whose value is predicted whole, by distance in tokens. {_ASKED_NOISE} "
         f"{reference}.\n\n{table('whole_value', '.3f')}\n\n"
         "Nats a token of the value that the needle saves, against the same text without it.\n\n"
         + table("gain_nats", ".3f")

@@ -220,6 +220,8 @@ def test_tables(study, scripts, tmp_path) -> None:  # noqa: F811
     assert "| dense | 0.500 | 0.500 |" in text
     assert "| distance | 1-8 |" in text
     assert rows["noise"] == "| noise | 0.0000 |", "the last table's; both seeds answer alike"
+    assert text.count("do to a difference to dense.\n") == 2, "below both headings of recall"
+    assert "{" not in text, "every name is filled in"
     against = study_text(runs, "window")
     assert "| dense | 1 2 | 2.0150 | 0.0071 | -0.1000 | 0.0000 |" in against
     data = study_data(runs)
