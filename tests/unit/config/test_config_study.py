@@ -1,5 +1,6 @@
 """Files of studies: layers of a run, the repository's own, and what is refused."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from maha_megatron.scales import default_windows
 from tests.support.fake_study import STUDY
 
 WHERE = {"folder": Path("runs/x"), "data": "data/x", "tokenizer": "data/t.model"}
-STUDIES = sorted((REPOSITORY_CONFIGS / "studies").glob("[!_]*.yaml"))
+STUDIES = sorted((REPOSITORY_CONFIGS / "studies").glob("peers_*.yaml"))
 
 
 def study(tmp_path: Path, old: str = "", new: str = "") -> Study:
@@ -105,3 +106,17 @@ def test_the_repositorys_studies(path: Path) -> None:
     saved = {peer: attention_savings(config)["saved_frac_all_in"] for peer, config in configs.items()}
     assert told == {peer: f"{100 * saved[peer]:.1f}" for peer in saved if peer != "dense"}
     assert min(saved["maha"], saved["refined"]) >= 0.81
+
+
+def test_rates_are_tried_on_the_peers_that_are_compared() -> None:
+    peers, rates = (load_study(REPOSITORY_CONFIGS / "studies" / f"{name}_4k.yaml") for name in ("peers", "rates"))
+    tried = {peer: set() for peer in peers.peers}
+    for name in rates.peers:
+        peer, _, rate = name.rpartition("_")
+        config, compared = rates.config(name, 1, **WHERE), peers.config(peer, 1, **WHERE)
+        assert (config.model, config.maha, config.refine) == (compared.model, compared.maha, compared.refine)
+        assert config.train.global_batch_samples == compared.train.global_batch_samples
+        assert config.schedule == dataclasses.replace(compared.schedule, peak=float(rate))
+        tried[peer].add(rate)
+    assert len({frozenset(rates) for rates in tried.values()}) == 1, "each at the same rates"
+    assert rates.evaluation.is_empty
