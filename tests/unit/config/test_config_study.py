@@ -96,7 +96,7 @@ def test_the_repositorys_studies(path: Path) -> None:
     assert list(found.peers) == ["dense", "window", "window_hybrid", "maha", "hybrid", "refined"]
     configs = {peer: found.config(peer, 1, **WHERE) for peer in found.peers}
     assert {round(total_parameters(config) / 1e6) for config in configs.values()} == {34}
-    assert {config.train.global_batch_samples * config.data.sequence_tokens for config in configs.values()} == {65536}
+    assert {config.train.global_batch_samples * config.data.sequence_tokens for config in configs.values()} == {32768}
     keys = sum(default_windows(configs["maha"].data.sequence_tokens))
     for peer in ("window", "window_hybrid"):
         assert configs[peer].maha.windows == (keys,), "as many keys as maha has"
