@@ -61,7 +61,6 @@ CASES = [
     pytest.param(Case(lengths=(61,), n=2, g=2, d=32, spec=spec()), id="two groups"),
     pytest.param(Case(lengths=(9,), n=1, g=1, d=32, spec=spec()), id="nothing to open"),
     pytest.param(Case(lengths=(3, 58), n=2, g=1, d=32, spec=spec(SUMMARIES, 3, (4, 3, 5, 2))), id="summaries, ratio 3"),
-    pytest.param(Case(lengths=(1,), n=2, g=1, d=32, spec=spec()), marks=full, id="one row"),
     pytest.param(
         Case(lengths=(90, 31), n=4, g=2, d=32, spec=spec(BELOW, 4, (5, 9, 3))), marks=full, id="a finer scale"
     ),
