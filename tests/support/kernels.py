@@ -28,9 +28,10 @@ from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.dense import triton as dense
 from maha_megatron.attention.pyramid import triton_levels
-from maha_megatron.attention.scale_attention import triton_joint, triton_scales
+from maha_megatron.attention.scale_attention import triton_joint, triton_opened, triton_scales
+from maha_megatron.attention.scale_attention.triton_arguments import Lists
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
-from maha_megatron.attention.spec import MahaSpec
+from maha_megatron.attention.spec import MahaSpec, Refinement
 from maha_megatron.attention.triton_launch import Launch
 from maha_megatron.scales import slot_count, stride
 
@@ -129,6 +130,35 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
     )
+
+
+def refined_launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
+    """What a refined layer launches that others do not, or not like that, at 4,096 tokens, on the meta device."""
+    rows, blocks = 4096, 4
+    refine = Refinement(from_scale=2, to_scale=0, blocks=blocks)
+    spec = MahaSpec(ratio=4, windows=(128, 112, 256), convolution=False, refine=refine)
+    q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
+    levels = [tuple(empty(rows // 4**scale, g, width, kind=dtype) for _ in range(2)) for scale in range(spec.scales)]
+    learned = (empty(n, width), empty(g, width), empty(spec.branches, n, width), empty(spec.branches, n))
+    call = triton_opened.Call(q, *learned, start, spec, (0, 0, 0), tuning, levels)
+    keys, lse, chosen = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), empty(g, rows, blocks)
+    choices = (empty(g, rows * blocks, kind=torch.int32), empty(g, rows * blocks, kind=torch.int64))
+    lists = Lists(chosen.to(torch.int32), *choices, rows * blocks, call.entries[2] + 1)
+    opening, outputs = call.empty_opening(backward=True), call.empty_outputs()
+    of_queries, of_keys = call.empty_gradients(lists.chosen)
+    found = call.made_by_query_gradients()._replace(opened=of_queries)
+    made = call.made_by_key_gradients(*zip(*levels, strict=True))._replace(opened=of_keys)
+    return {
+        "choice": call.choice(keys, empty(rows, n, spec.scales), lists.chosen),
+        "opening": call.opening(None, opening),
+        "opening, backward": call.opening((q, lse, q), opening),
+        "opened keys": call.opened_attention(opening, keys, lists, outputs),
+        "opened keys joined": call.joining(lists.chosen, outputs, q, lse, lse),
+        "opened keys' gradients": call.opened_gradients(opening, keys, lists, q, of_queries, of_keys),
+        "runs added": call.added_runs(lists, of_keys),
+        "query gradients, refined": call.query_gradients(keys, q, lse, q, found),
+        "key gradients, refined": call.key_gradients(keys, q, found, made),
+    }
 
 
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
@@ -274,7 +304,12 @@ def main() -> None:
         asked = warp_group_launches(width, dtype)
     else:
         tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
-        asked = chosen(launches(width, dtype, tuning) | decoding_launches(width, dtype), which)
+        asked = launches(width, dtype, tuning) | decoding_launches(width, dtype)
+        asked |= refined_launches(width, dtype, tuning)
+        if which == "all":
+            of_three_heads = refined_launches(width, dtype, tuning, n=12, g=4)
+            asked |= {f"{name}, 3 heads a group": launch for name, launch in of_three_heads.items()}
+        asked = chosen(asked, which)
     for name, launch in asked.items():
         compiled = dataclasses.asdict(compile_launch(launch, capability))
         found[name] = {key: value for key, value in compiled.items() if key != "ptx"}

@@ -1,9 +1,11 @@
 """Attention per scale and aggregation by kernels, where there are some; everything else by eager.py.
 
     triton_joint.py    one softmax over all scales: entropy and LSE utilities without coupling, and a single scale
+    triton_opened.py   the same of a refined layer, with what it opens
     triton_scales.py   each scale's output and log-sum-exp, which every other aggregation fuses (aggregation/triton.py)
 
-Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels, queries at full rate, and no refined layer.
+Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels and queries at full rate; refined layers within
+`_MOST`, of one softmax.
 """
 
 import dataclasses
@@ -17,11 +19,13 @@ import maha_megatron.attention.scale_attention.eager as eager
 from maha_megatron.attention.aggregation.eager import aggregate as eager_aggregate
 from maha_megatron.attention.aggregation.triton import aggregate
 from maha_megatron.attention.scale_attention.attended import Attended
+from maha_megatron.attention.scale_attention.triton_opened_ops import attend_opening
 from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_one_softmax
 from maha_megatron.attention.scale_attention.triton_scales_ops import attend_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.triton_launch import unserved_heads
+from maha_megatron.scales import stride
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +44,15 @@ def attend(
 
     `tuning`: other tiles than the table's.
     """
-    missing = what_no_kernel_serves(q_tnd.shape[-1], q_tnd.dtype, spec)
+    missing = what_no_kernel_serves(q_tnd, levels[0][0].shape[1], spec)
     if missing:
         _say_once(missing)
         return eager.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
     past_slots = tuple(past_slots or (0,) * spec.scales)
     inputs = (q_tnd, levels, document_start_t, parameters, spec, past_slots)
-    if is_one_softmax(spec):
-        out_tnd, weights_tnl = attend_jointly(*inputs, with_weights, tuning)
+    if is_one_softmax(spec) or spec.refine is not None:
+        attend_by = attend_jointly if spec.refine is None else attend_opening
+        out_tnd, weights_tnl = attend_by(*inputs, with_weights, tuning)
         return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
     if spec.aggregation == "program":
         without = dataclasses.replace(parameters, utility_query=None, utility_bias=None)
@@ -58,14 +63,31 @@ def attend(
     return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl.detach(), report=report)
 
 
-def what_no_kernel_serves(width: int, dtype: torch.dtype, spec: MahaSpec) -> str | None:
+def what_no_kernel_serves(q_tnd: torch.Tensor, groups: int, spec: MahaSpec) -> str | None:
     """What of a call keeps the kernels from serving it, in words; None where they do."""
-    unserved = unserved_heads(width, dtype)
+    unserved = unserved_heads(q_tnd.shape[-1], q_tnd.dtype)
     if unserved:
         return unserved
     if spec.refine is not None:
-        return "opened blocks (a refined layer)"
+        return _unserved_refinement(q_tnd, groups, spec)
     return "pooled queries" if spec.scales > 1 and spec.queries == "pooled" else None
+
+
+# of a refined layer: blocks that a row opens, entries of each, query heads of a KV group, scales and opened keys
+_MOST = {"blocks": 16, "children": 64, "heads": 16, "branches": 8}
+
+
+def _unserved_refinement(q_tnd: torch.Tensor, groups: int, spec: MahaSpec) -> str | None:
+    if not is_one_softmax(dataclasses.replace(spec, refine=None)):
+        return "opened blocks (a refined layer) with this aggregation"
+    sizes = {
+        "blocks": spec.refine.blocks,
+        "children": stride(spec.ratio, spec.refine.from_scale - spec.refine.to_scale),
+        "heads": q_tnd.shape[1] // groups,
+        "branches": spec.branches,
+    }
+    beyond = [f"{size} {name}, at most {_MOST[name]}" for name, size in sizes.items() if size > _MOST[name]]
+    return f"opened blocks (a refined layer) of {beyond[0]}" if beyond else None
 
 
 @functools.cache

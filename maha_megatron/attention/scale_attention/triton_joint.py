@@ -19,6 +19,7 @@ import triton
 from maha_megatron.attention.scale_attention.triton_arguments import (
     KeyGradients,
     Keys,
+    OpenedKeys,
     Places,
     Queries,
     QueryGradients,
@@ -79,6 +80,7 @@ class Call:
             fast=self.q.dtype.itemsize == 2 and compiled(),
             utilities=self.rho is not None,
             precision="tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
+            **({} if self.spec.refine is None else vars(self.spec.refine)),
         )
 
     def _row_grid(self, tiles: Tiles) -> tuple[int, int]:
@@ -168,7 +170,7 @@ class Call:
         return tuple(-(-rows // span) for rows in seen_by)
 
     def made_by_query_gradients(self) -> QueryGradients:
-        n, scales, width, dtype = self.n, self.spec.scales, self.d, self.q.dtype
+        n, scales, branches, width, dtype = self.n, self.spec.scales, self.spec.branches, self.d, self.q.dtype
         tiles = self._row_grid(self.tuning.query_gradient)[0]
         with_utilities = self.rho is not None
         return QueryGradients(
@@ -177,8 +179,8 @@ class Call:
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
             turned=self._empty(n, scales, self.rows, width, dtype=dtype),
-            utility_gradients=self._empty(n * with_utilities, scales, self.rows),
-            shares=self._empty(n * with_utilities, scales, self.rows),
+            utility_gradients=self._empty(n * with_utilities, branches, self.rows),
+            shares=self._empty(n * with_utilities, branches, self.rows),
             learned_parts=self._empty(tiles, n, self._learned_kinds(), width),
         )
 
@@ -208,14 +210,14 @@ class Call:
         )
         sums = (self._empty(self.n, self._learned_kinds(), self.d), self._empty(self.g, self.d))
         for groups in self._portions():
-            heads = slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
+            heads = self._heads_of(groups)
             into = (grad_q[:, heads], [x[:, groups] for x in grad_keys], [x[:, groups] for x in grad_values])
             self._portion(heads, groups)._gradients(*given(heads), *into, (sums[0][heads], sums[1][groups]))
         return grad_q, self._learned_gradients(*sums), grad_keys, grad_values
 
     def _learned_kinds(self) -> int:
-        """The gain, and with utilities rho of every scale, and beta."""
-        return 1 if self.rho is None else 2 + self.spec.scales
+        """The gain, and with utilities rho of every scale, opened keys included, and beta."""
+        return 1 if self.rho is None else 2 + self.spec.branches
 
     def _portions(self) -> list[slice]:
         """Of KV groups: as few at a time as still fill a card, since buffers are as large as their number."""
@@ -223,6 +225,9 @@ class Call:
         sizes = [size for size in range(1, self.g) if self.g % size == 0 and size * programs >= self.tuning.programs]
         size = min(sizes, default=self.g)
         return [slice(first, first + size) for first in range(0, self.g, size)]
+
+    def _heads_of(self, groups: slice) -> slice:
+        return slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
 
     def _portion(self, heads: slice, groups: slice) -> "Call":
         """The call of some KV groups and their heads."""
@@ -239,9 +244,11 @@ class Call:
         self.query_gradients(keys, out, lse, grad_out, found).run()
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
-    def _through_keys(self, keys, grad_out, found: QueryGradients, grad_keys, grad_values, sums) -> None:
-        """Runs what follows the first kernel; writes the latter three."""
-        made = self.made_by_key_gradients(grad_keys, grad_values)
+    def _through_keys(
+        self, keys, grad_out, found: QueryGradients, grad_keys, grad_values, sums, opened: OpenedKeys | None = None
+    ) -> None:
+        """Runs what follows the first kernel; writes grad_keys, grad_values and sums."""
+        made = self.made_by_key_gradients(grad_keys, grad_values)._replace(opened=opened)
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
@@ -254,7 +261,7 @@ class Call:
         if self.rho is None:
             return *of_gains, None, None
         grad_rho = of_queries[:, 1:-1].transpose(0, 1) * self.query_gain
-        grad_beta = of_queries[:, -1, : self.spec.scales].T
+        grad_beta = of_queries[:, -1, : self.spec.branches].T
         return *of_gains, grad_rho.to(self.rho.dtype, **copied), grad_beta.to(self.beta.dtype, **copied)
 
 

@@ -133,6 +133,22 @@ def store_key_gradients(
 
 
 @triton.jit
+def sums_at_first(made, entry, group, part, places, scale, inside, SHAPE: tl.constexpr):
+    """dK' and dV [entries, d] before any row: 0, and in the first part what opened blocks found."""
+    WIDTH: tl.constexpr = 2 * SHAPE.half
+    grad_value = tl.zeros([entry.shape[0], WIDTH], tl.float32)
+    grad_key = tl.zeros([entry.shape[0], WIDTH], tl.float32)
+    if SHAPE.blocks > 0:
+        entries = past_of(SHAPE.to_scale, SHAPE) + slot_count(places.rows, SHAPE.ratio, SHAPE.to_scale)
+        line = (group * entries).to(tl.int64) + entry
+        at = made.opened.grads + line[:, None] * (2 * WIDTH) + tl.arange(0, WIDTH)[None, :]
+        added = inside & (scale == SHAPE.to_scale) & (part == 0)
+        grad_key = tl.load(at, mask=added, other=0.0)
+        grad_value = tl.load(at + WIDTH, mask=added, other=0.0)
+    return grad_key, grad_value
+
+
+@triton.jit
 def at_sums(sums, program, group, KEYS: tl.constexpr, WIDTH: tl.constexpr):
     """Pointers [keys, d] to dK' of a program in [programs, g, 2, keys, d]; dV lies KEYS * WIDTH behind."""
     before = (program * tl.num_programs(1) + group).to(tl.int64) * (2 * KEYS * WIDTH)
@@ -169,8 +185,7 @@ def key_gradient_kernel(
     begin, stop = part_of_rows(seen_by, part, shared_by, ROWS)
     key_tile, value_tile = load_key_tile(keys, entry, group, places, scale, inside, SHAPE)
     channels = tl.arange(0, 2 * HALF)
-    grad_value = tl.zeros([KEYS, 2 * HALF], tl.float32)
-    grad_key = tl.zeros([KEYS, 2 * HALF], tl.float32)
+    grad_key, grad_value = sums_at_first(made, entry, group, part, places, scale, inside, SHAPE)
     for head in tl.range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
         of_scale = (head * SCALES + scale).to(tl.int64) * places.rows
         turned = found.turned + of_scale * (2 * HALF)

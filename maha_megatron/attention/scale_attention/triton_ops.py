@@ -131,10 +131,13 @@ def _(grad_out, out, lse, q, query_gain, key_gain, rho, beta, document_start, ke
     return [x.new_empty(x.shape) for x in wanted if x is not None]
 
 
-def call_of(kind: type[Call], q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers) -> Call:
+def call_of(
+    kind: type[Call], q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers, refine=None
+) -> Call:
     """The call behind an operator's arguments."""
     ratio, windows, past_slots, rope_base, norm_epsilon, tiles = numbers
-    spec = MahaSpec(ratio=ratio, windows=tuple(windows), rope_base=rope_base, norm_epsilon=norm_epsilon)
+    given = {"rope_base": rope_base, "norm_epsilon": norm_epsilon, "refine": refine}
+    spec = MahaSpec(ratio=ratio, windows=tuple(windows), **given)
     levels = list(zip(keys, values, strict=True))
     tuning, past_slots = tuning_of(tiles), tuple(past_slots)
     return kind(q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels)

@@ -44,7 +44,7 @@ def sum_lines(x, ROWS: tl.constexpr, HEADS: tl.constexpr):
 @triton.jit
 def at_parts(parts, n, head, which, SHAPE: tl.constexpr, HEADS: tl.constexpr):
     """Pointers to channel 0 of what this program's tile has of a head of its own: gain, rho of every scale, or beta."""
-    KINDS: tl.constexpr = 2 + len(SHAPE.windows) if SHAPE.utilities else 1
+    KINDS: tl.constexpr = 2 + SHAPE.branches if SHAPE.utilities else 1
     line = tl.program_id(0) * n + tl.program_id(1) * HEADS + head
     return parts + (line.to(tl.int64) * KINDS + which) * (2 * SHAPE.half)
 
@@ -109,7 +109,7 @@ def utility_gradients(made, total, places, row, SHAPE: tl.constexpr, ROWS: tl.co
 
     A change of all utilities alike changes nothing: what rounding left in that direction is taken out.
     """
-    SCALES: tl.constexpr = len(SHAPE.windows)
+    SCALES: tl.constexpr = SHAPE.branches
     scale, head = of_columns(HEADS)
     own = (tl.arange(0, HEADS * ROWS) // ROWS)[:, None] == head[None, :]
     own = own & (scale < SCALES)[None, :] & (row < places.rows)[:, None]
@@ -138,7 +138,7 @@ def through_gain(
     """One half of the gradient of q', utilities added and their parts and the gain's stored: it times the gain, and q
     normalised.
     """
-    SCALES: tl.constexpr = len(SHAPE.windows)
+    SCALES: tl.constexpr = SHAPE.branches
     at, head_here = half * SHAPE.half + tl.arange(0, SHAPE.half), tl.arange(0, HEADS)
     raw_at = at_lines(queries.raw, start, row, head, at)
     raw = tl.load(raw_at, mask=(row < places.rows)[:, None], other=0.0).to(tl.float32)
@@ -187,8 +187,8 @@ def store_query_gradients(
         tl.debug_barrier()  # what is read now was written before, perhaps by other threads
         grads_utility = utility_gradients(made, total, places, row, SHAPE, ROWS, HEADS)
         scale, head_of = of_columns(HEADS)
-        beta_at = at_parts(made.learned_parts, queries.n, head_of, 1 + len(SHAPE.windows), SHAPE, HEADS) + scale
-        tl.store(beta_at, tl.sum(grads_utility, 0), mask=(scale < len(SHAPE.windows)) & (head_of < HEADS))
+        beta_at = at_parts(made.learned_parts, queries.n, head_of, 1 + SHAPE.branches, SHAPE, HEADS) + scale
+        tl.store(beta_at, tl.sum(grads_utility, 0), mask=(scale < SHAPE.branches) & (head_of < HEADS))
     lines = (queries, places, made, start, row, head)
     first, normal_first = through_gain(first * scaling, 0, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
     second, normal_second = through_gain(second * scaling, 1, norm, grads_utility, *lines, SHAPE, ROWS, HEADS)
@@ -253,6 +253,34 @@ def add_query_gradient(
 
 
 @triton.jit
+def opened_utilities(made, head, group, row, inside, at_branch, places, SHAPE: tl.constexpr):
+    """Of every line, the gradient of the opened keys' utility, which is stored, as is their part of the softmax."""
+    opened = made.opened
+    total, weight = tl.zeros([row.shape[0]], tl.float32), tl.zeros([row.shape[0]], tl.float32)
+    of_group, of_head = (group * places.rows).to(tl.int64) + row, (head * places.rows).to(tl.int64) + row
+    for place in tl.range(0, SHAPE.blocks):
+        chosen = tl.load(opened.chosen + of_group * SHAPE.blocks + place, mask=inside, other=-1)
+        at = of_head * SHAPE.blocks + place
+        total += tl.load(opened.utility_gradients + at, mask=chosen >= 0, other=0.0)
+        weight += tl.load(opened.shares + at, mask=chosen >= 0, other=0.0)
+    tl.store(made.utility_gradients + at_branch, total, mask=inside)
+    tl.store(made.shares + at_branch, weight, mask=inside)
+    return total
+
+
+@triton.jit
+def add_opened(grad_query, opened, head, group, row, inside, places, SHAPE: tl.constexpr):
+    """What opened blocks ask of queries turned for to_scale."""
+    channels = tl.arange(0, 2 * SHAPE.half)
+    of_group, of_head = (group * places.rows).to(tl.int64) + row, (head * places.rows).to(tl.int64) + row
+    for place in tl.range(0, SHAPE.blocks):
+        chosen = tl.load(opened.chosen + of_group * SHAPE.blocks + place, mask=inside, other=-1)
+        at = opened.turned + ((of_head * SHAPE.blocks + place) * (2 * SHAPE.half))[:, None] + channels[None, :]
+        grad_query += tl.load(at, mask=(chosen >= 0)[:, None], other=0.0).to(tl.float32)
+    return grad_query
+
+
+@triton.jit
 def query_gradient_kernel(
     queries,
     keys,
@@ -272,11 +300,15 @@ def query_gradient_kernel(
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
     lines = (queries, places, made, start, row, head)
     first_line = (head * SCALES).to(tl.int64) * places.rows + row
+    first_branch = (head * SHAPE.branches).to(tl.int64) * places.rows + row
     norm = turn_tile(lines, document, lse, first_line, SHAPE, HEADS)
     tl.debug_barrier()  # what one thread wrote, others read
     grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
+    if SHAPE.blocks > 0:
+        at_branch = first_branch + SCALES * places.rows
+        total = opened_utilities(made, head, group, row, inside, at_branch, places, SHAPE)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
     for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
@@ -285,10 +317,13 @@ def query_gradient_kernel(
         turned_at = made.turned + at_scale[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
         query = tl.load(turned_at, mask=inside[:, None], other=0.0)
         grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
+        if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
+            grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
         of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
         grad_query, grad_utility, share = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, SHAPE.utilities)
         if SHAPE.utilities:
-            tl.store(made.utility_gradients + at_scale, grad_utility, mask=inside)
-            tl.store(made.shares + at_scale, share, mask=inside)
+            at_branch = first_branch + scale * places.rows
+            tl.store(made.utility_gradients + at_branch, grad_utility, mask=inside)
+            tl.store(made.shares + at_branch, share, mask=inside)
             total += grad_utility
     store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)

@@ -49,6 +49,9 @@ class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
     Args:
+        choice: of what a refined layer opens; `rows` are lines of one head each, of all heads of a KV group together.
+        opened, opened_gradient: of opened keys; `rows` that opened one block.
+        run: choices of a KV group, of which a row makes as many as it opens blocks, that one program of those takes.
         groups: of the joint forward by warp groups, on Hopper cards; None: the portable kernel, with `forward`.
         span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
@@ -58,22 +61,30 @@ class Tuning:
     forward: Tiles = Tiles()
     query_gradient: Tiles = Tiles()
     key_gradient: Tiles = Tiles()
+    choice: Tiles = Tiles()
+    opened: Tiles = Tiles(rows=32, warps=2)
+    opened_gradient: Tiles = Tiles(rows=32, warps=4)
+    run: int = 256
     span: int = 4096
     programs: int = 2048
     groups: GroupTiles | None = None
 
 
+_KERNELS = ("keys", "forward", "query_gradient", "key_gradient", "choice", "opened", "opened_gradient")
+
+
 def numbers_of(tuning: Tuning) -> list[int]:
     """The tuning as one list of whole numbers; `tuning_of` is the inverse."""
     numbers = []
-    for tiles in (tuning.keys, tuning.forward, tuning.query_gradient, tuning.key_gradient):
+    for name in _KERNELS:
+        tiles = getattr(tuning, name)
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
     of_groups = [0, 0] if tuning.groups is None else [tuning.groups.heads, tuning.groups.stages]
-    return [*numbers, tuning.span, tuning.programs, *of_groups]
+    return [*numbers, tuning.run, tuning.span, tuning.programs, *of_groups]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
-    *of_tiles, span, programs, heads_of_groups, stages_of_groups = numbers
+    *of_tiles, run, span, programs, heads_of_groups, stages_of_groups = numbers
     kernels = []
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
@@ -87,12 +98,9 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
                 registers=registers or None,
             )
         )
-    of_keys, forward, query_gradient, key_gradient = kernels
     return Tuning(
-        keys=of_keys,
-        forward=forward,
-        query_gradient=query_gradient,
-        key_gradient=key_gradient,
+        **dict(zip(_KERNELS, kernels, strict=True)),
+        run=run,
         span=span,
         programs=programs,
         groups=GroupTiles(heads=heads_of_groups, stages=stages_of_groups) if heads_of_groups else None,
@@ -118,5 +126,13 @@ def tuning_for(itemsize_bytes: int, capability: tuple[int, int]) -> Tuning:
     """The tuning of a dtype of that size on a card of that compute capability; right on every card from Ampere on."""
     if itemsize_bytes == 4:
         smallest = Tiles(rows=16, keys=32, stages=1)
-        return Tuning(keys=Tiles(keys=32), forward=_SMALL, query_gradient=_SMALL, key_gradient=smallest)
+        return Tuning(
+            keys=Tiles(keys=32),
+            forward=_SMALL,
+            query_gradient=_SMALL,
+            key_gradient=smallest,
+            choice=_SMALL,
+            opened=Tiles(rows=16, warps=2, stages=1),
+            opened_gradient=Tiles(rows=16, stages=1),
+        )
     return _HOPPER if capability == (9, 0) else _ANY

@@ -23,6 +23,9 @@ SPILLED_BYTES = {
     | {
         "attention, as the table has it": 32,
         "query gradients": 48,
+        "query gradients, refined": 72,
+        "query gradients, refined, 3 heads a group": 72,
+        "key gradients, refined, 3 heads a group": 144,  # as of other layers with heads in groups
         "attention, scale by scale": 16,
         "query gradients, scale by scale": 40,
     },

@@ -1,0 +1,252 @@
+"""Kernels of refined layers against the naive backend: outputs, weights and gradients, in Triton's interpreter.
+
+Learned parameters are random, gains included. Tiles and runs are small, so that short sequences have many, and blocks
+lie in several runs.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.interpreter import DEVICE  # isort: split
+
+from maha_megatron.attention.pyramid import eager as pyramid
+from maha_megatron.attention.scale_attention import naive, triton, triton_choice, triton_opened, triton_opened_ops
+from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of
+from maha_megatron.attention.spec import AttentionParameters, MahaSpec, Refinement
+from maha_megatron.scales import openable_blocks
+from tests.support.attention import (
+    Case,
+    documents_of,
+    errors,
+    leaves,
+    parameter_specs,
+    reference,
+    start_rows,
+    wrong,
+)
+from tests.unit.attention.test_causality import check_changed_tokens
+from tests.unit.attention.test_state import in_pieces
+from tests.unit.attention.test_triton import exact, run, with_gradients
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+full, gpu = pytest.mark.full, pytest.mark.gpu
+TOKENS = Refinement(from_scale=2, to_scale=0, blocks=2)
+FOUR = dataclasses.replace(TOKENS, blocks=4)
+SUMMARIES = Refinement(from_scale=2, to_scale=1, blocks=3)
+ROWS = Tiles(rows=32, keys=16)
+OPENED = Tiles(rows=16)
+SMALL = Tuning(
+    keys=ROWS, forward=ROWS, query_gradient=ROWS, key_gradient=ROWS, choice=ROWS, opened=OPENED, opened_gradient=OPENED,
+    run=24, span=40, programs=1,
+)  # fmt: skip
+
+
+def spec(refine=TOKENS, ratio=2, windows=(4, 3, 9), **options) -> MahaSpec:
+    return MahaSpec(ratio=ratio, windows=windows, refine=refine, convolution=False, **options)
+
+
+def kernels(q, *others):
+    """With tiles of the tests' own; it is an error if eager serves."""
+    assert triton.what_no_kernel_serves(q, others[0][0][0].shape[1], others[-1]) is None
+    return triton.attend(q, *others, tuning=SMALL)
+
+
+PACKED_CASE = Case(lengths=(26, 1, 7, 40), n=3, g=1, d=32, spec=spec())
+BELOW = Refinement(from_scale=1, to_scale=0, blocks=1)
+CASES = [
+    pytest.param(PACKED_CASE, id="packed, three heads a group"),
+    pytest.param(Case(lengths=(61,), n=2, g=2, d=32, spec=spec()), id="two groups"),
+    pytest.param(Case(lengths=(9,), n=1, g=1, d=32, spec=spec()), id="nothing to open"),
+    pytest.param(Case(lengths=(3, 58), n=2, g=1, d=32, spec=spec(SUMMARIES, 3, (4, 3, 5, 2))), id="summaries, ratio 3"),
+    pytest.param(
+        Case(lengths=(90, 31), n=4, g=2, d=32, spec=spec(BELOW, 4, (5, 9, 3))), marks=full, id="a finer scale"
+    ),
+    pytest.param(Case(lengths=(150, 9, 70), n=4, g=2, d=32, spec=spec(ratio=4)), marks=full, id="many tiles"),
+    pytest.param(
+        Case(lengths=(70,), n=5, g=1, d=32, spec=spec(dataclasses.replace(TOKENS, blocks=16))), marks=full, id="all"
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_output_and_gradient_in_fp32_equals_the_reference(case):
+    found = run(case, leaves(case, torch.float32, DEVICE), kernels)
+    assert wrong(found, exact(case, torch.float32), 3e-6) == {}
+
+
+class Nothing:
+    def run(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fault", ["runs are not added up", "documents are not respected"])
+def test_a_fault_is_seen(monkeypatch, fault):
+    if fault == "runs are not added up":
+        monkeypatch.setattr(triton_opened.Call, "added_runs", lambda *_: Nothing())
+        expected = {"grad of k", "grad of v"}
+    else:
+        honest = triton_choice.visible
+        monkeypatch.setattr(triton_choice, "visible", lambda row, document, *rest: honest(row, document * 0, *rest))
+        expected = {"out", "weights"}
+    found = run(PACKED_CASE, leaves(PACKED_CASE, torch.float32, DEVICE), kernels)
+    assert wrong(found, exact(PACKED_CASE, torch.float32), 3e-6).keys() >= expected
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_at_a_tie_the_earlier_blocks_are_opened(heads):
+    """All keys are 0, so all blocks are alike."""
+    case = Case(lengths=(50, 33), n=heads, g=1, d=32, spec=spec())
+    values = {name: value.detach() for name, value in leaves(case, torch.float32, DEVICE).items()}
+    values["k"] = torch.zeros_like(values["k"])
+    chosen = chosen_by_kernels(case, values)[0].tolist()
+    for row, (start, found) in enumerate(zip(start_rows(case.lengths).tolist(), chosen, strict=True)):
+        blocks = list(openable_blocks(row - start, 2, case.spec.windows, 2, 0))[:2]
+        first = -(-start // 4)
+        assert sorted(found) == sorted([first + block for block in blocks] + [-1] * (2 - len(blocks)))
+
+
+def chosen_by_kernels(case: Case, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    return triton_opened_ops.refined_attention(*operator_inputs(case, values))[-1]
+
+
+def operator_inputs(case: Case, values: dict[str, torch.Tensor], with_weights: bool = True) -> tuple:
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    start_t = documents_of(case, DEVICE).start_t
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
+    wanted = values["q"].requires_grad
+    keys, level_values = ([level[kind].detach().requires_grad_(wanted) for level in levels] for kind in (0, 1))
+    learned = [values[name] for name in ("query_gain", "key_gain", "utility_query", "utility_bias")]
+    refine, spec = case.spec.refine, case.spec
+    numbers = (spec.ratio, list(spec.windows), [0] * spec.scales, [refine.from_scale, refine.to_scale, refine.blocks])
+    others = (spec.rope_base, spec.norm_epsilon, with_weights, numbers_of(SMALL))
+    return values["q"], *learned, start_t, keys, level_values, *numbers, *others
+
+
+WIDE_CASES = [
+    Case(lengths=(300, 1, 211), n=4, g=4, d=64, spec=spec(ratio=4, windows=(32, 28, 64))),
+    Case(lengths=(450,), n=4, g=1, d=128, spec=spec(SUMMARIES, ratio=4, windows=(32, 28, 64))),
+    Case(lengths=(450, 62), n=6, g=2, d=64, spec=spec(FOUR, ratio=4, windows=(16, 12, 64))),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "attention"),
+    [(PACKED_CASE, kernels), *(pytest.param(case, triton.attend, marks=gpu) for case in WIDE_CASES)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
+def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, attention, dtype):
+    """Plain torch in bf16: on a CPU it is not to be trusted in fp16. Where two blocks have nearly the same score,
+    rounding decides which is opened, here or there: so it is the norm of all differences that is compared.
+    """
+    plain = errors(run(case, leaves(case, torch.bfloat16), naive.attend), exact(case, torch.bfloat16))
+    found = errors(run(case, leaves(case, dtype, DEVICE), attention), exact(case, dtype))
+    assert {name: error for name, error in found.items() if not error <= 2 * plain[name]} == {}, plain
+
+
+@gpu
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_in_fp32_on_a_gpu_at_most_twice_as_far_from_exact_as_plain_torch(case):
+    plain = errors(run(case, leaves(case, torch.float32), naive.attend), exact(case, torch.float32))
+    found = errors(run(case, leaves(case, torch.float32, DEVICE), triton.attend), exact(case, torch.float32))
+    assert {name: error for name, error in found.items() if not error <= max(2 * plain[name], 3e-6)} == {}, plain
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_three_runs_are_bitwise_equal_at_the_tables_tiles(dtype):
+    case = Case(lengths=(1500, 1, 700, 1895), n=4, g=4, d=64, spec=spec(ratio=4, windows=(128, 112, 256)))
+    first, *others = (run(case, leaves(case, dtype, DEVICE), triton.attend) for _ in range(3))
+    for other in others:
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []
+
+
+def test_two_runs_are_bitwise_equal():
+    case = dataclasses.replace(PACKED_CASE, lengths=(5, 40), n=2)
+    first, second = (run(case, leaves(case, torch.float32, DEVICE), kernels) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("tokens", [[20, 33], pytest.param(list(range(0, 47, 3)), marks=full)], ids=["few", "many"])
+def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(tokens):
+    case = Case(lengths=(26, 1, 20), n=2, g=1, d=32, spec=dataclasses.replace(spec(), convolution=True))
+    check_changed_tokens(case, "triton", tokens)
+
+
+@pytest.mark.parametrize("cuts", [(31, 32), pytest.param((5, 17, 40), marks=full)], ids=str)
+def test_pieces_equal_one_pass_and_gradients_cross_their_borders(cuts):
+    case = Case(lengths=(39, 14), n=2, g=1, d=32, spec=dataclasses.replace(spec(), convolution=True))
+    values = leaves(case, torch.float32)
+    found, _ = in_pieces(case, values, cuts, "triton")
+    assert wrong(with_gradients(found["out"], found["weights"], values), reference(case), 3e-6) == {}
+
+
+SMALL_CASE = Case(lengths=(4, 21), n=2, g=1, d=32, spec=spec())
+
+
+@pytest.mark.parametrize("with_weights", [True, pytest.param(False, marks=full)])
+def test_it_is_a_well_formed_operator(with_weights):
+    inputs = operator_inputs(SMALL_CASE, leaves(SMALL_CASE, torch.float32, DEVICE), with_weights)
+    torch.library.opcheck(triton_opened_ops.refined_attention, inputs)
+
+
+def test_its_backward_is_a_well_formed_operator():
+    values = {name: value.detach() for name, value in leaves(SMALL_CASE, torch.float32, DEVICE).items()}
+    *inputs, _, tiles = operator_inputs(SMALL_CASE, values)
+    out, lse, _, chosen = triton_opened_ops.refined_attention(*inputs, True, tiles)
+    given = (torch.ones_like(out), out, lse, chosen, *inputs, tiles)
+    torch.library.opcheck(triton_opened_ops.refined_attention_backward, given)
+
+
+def whole(values: dict[str, torch.Tensor], start_t: torch.Tensor) -> torch.Tensor:
+    case = SMALL_CASE
+    parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
+    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
+    return triton.attend(values["q"], levels, start_t, parameters, case.spec, with_weights=False).out_tnd
+
+
+def test_recomputed_it_is_the_same():
+    values, start_t = leaves(SMALL_CASE, torch.float32, DEVICE), documents_of(SMALL_CASE, DEVICE).start_t
+    out, expected = checkpoint(whole, values, start_t, use_reentrant=False), whole(values, start_t)
+    assert torch.equal(out, expected)
+    wrt = list(values.values())
+    grads, wanted = (torch.autograd.grad(x.sum(), wrt, materialize_grads=True) for x in (out, expected))
+    assert all(torch.equal(x, y) for x, y in zip(grads, wanted, strict=True))
+
+
+def test_backward_keeps_inputs_output_one_number_per_row_and_head_and_what_was_chosen():
+    inputs = operator_inputs(SMALL_CASE, leaves(SMALL_CASE, torch.bfloat16, DEVICE), with_weights=True)
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out, lse, _, chosen = triton_opened_ops.refined_attention(*inputs)
+    given = [x for one in inputs for x in (one if isinstance(one, list) else [one]) if isinstance(x, torch.Tensor)]
+    assert sum(kept.values()) == sum(x.nbytes for x in (*given, out, lse, chosen))
+    assert (lse.shape, chosen.shape, chosen.dtype) == ((2, 25), (1, 25, 2), torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "missing"),
+    [
+        ({"refine": dataclasses.replace(TOKENS, blocks=17)}, 2, "17 blocks, at most 16"),
+        ({"refine": Refinement(from_scale=6, to_scale=0, blocks=1), "windows": (9,) * 7}, 2, None),
+        ({"ratio": 5, "refine": Refinement(from_scale=2, to_scale=0, blocks=1)}, 2, None),
+        (
+            {"ratio": 5, "refine": Refinement(from_scale=3, to_scale=0, blocks=1), "windows": (9,) * 4},
+            2,
+            "125 children",
+        ),
+        ({}, 17, "17 heads"),
+        ({"windows": (4,) * 8, "refine": TOKENS}, 2, "9 branches"),
+    ],
+)
+def test_sizes_that_no_kernel_serves_are_named(options, heads, missing):
+    said = triton.what_no_kernel_serves(torch.zeros(1, heads, 64), 1, spec(**options))
+    assert (said is None) if missing is None else said.startswith(f"opened blocks (a refined layer) of {missing}"), said
