@@ -100,7 +100,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
     turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
-    single = triton_scales.Call(*of_call, tuning, levels)
+    kinds = (triton_scales.Call, triton_joint.WeighedCall)
+    single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
     parts_of = (found.learned_parts, made.gain_parts)
@@ -111,9 +112,16 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
         "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
         "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
     }
+    own_lse, of_weighed = empty(n, len(windows), rows), weighed.made_by_query_gradients()
+    by_weights = {
+        "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
+        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
+        "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
+    }
     return (
         pyramids
         | by_scale
+        | by_weights
         | _fusions(outs, lses, q)
         | {
             "turning": turned.turning(of_rows[:2]),
@@ -121,9 +129,9 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution": mixed.mixing(of_rows),
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
-            "attention": triton_joint.Call(*of_call, portable, levels).attention(keys, q, lse, None),
-            "attention, as the table has it": call.attention(keys, q, lse, None),
-            "query gradients": call.query_gradients(keys, q, lse, q, found),
+            "attention": triton_joint.Call(*of_call, portable, levels).attention(keys, q, lse, None, None),
+            "attention, as the table has it": call.attention(keys, q, lse, None, None),
+            "query gradients": call.query_gradients(keys, q, lse, None, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
@@ -140,7 +148,6 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
         ("a game", own_scales, True, True, "entropy"),
         ("gram", own_scales, True, False, "entropy"),
         ("nash", own_scales, False, True, "entropy"),
-        ("softmax", own_scales, False, False, "entropy"),
         ("sparsemax", own_scales, False, False, "quadratic"),
     ):
         outs, numbers = outs.new_empty(rows, n, scales, outs.shape[-1]), lses.new_empty(rows, n, scales)
@@ -182,7 +189,7 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         spec, q = MahaSpec(ratio=ratio, windows=windows, convolution=False), empty(rows, n, width, kind=dtype)
         call = triton_joint.Call(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
         keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
-        found[name] = call.attention(keys, q, empty(n, rows), of_scales if with_weights else None)
+        found[name] = call.attention(keys, q, empty(n, rows), of_scales if with_weights else None, None)
         assert found[name].kernel.is_gluon(), name
     return found
 

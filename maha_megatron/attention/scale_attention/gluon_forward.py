@@ -410,6 +410,7 @@ def attend_by_groups_kernel(
     out,  # Rows
     lse,  # as of attend_kernel
     scale_lse,
+    own_lse,
     SHAPE: gl.constexpr,
     SIZES: gl.constexpr,
 ):

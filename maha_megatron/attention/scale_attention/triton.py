@@ -1,6 +1,6 @@
 """Attention per scale and aggregation by kernels, where there are some; everything else by eager.py.
 
-    triton_joint.py    one softmax over all scales: entropy and LSE utilities without coupling, and a single scale
+    triton_joint.py    entropy without coupling, equal weights and a single scale: no scale's output is ever needed
     triton_scales.py   each scale's output and log-sum-exp, which every other aggregation fuses (aggregation/triton.py)
 
 Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels, queries at full rate, and no refined layer.
@@ -17,7 +17,7 @@ import maha_megatron.attention.scale_attention.eager as eager
 from maha_megatron.attention.aggregation.eager import aggregate as eager_aggregate
 from maha_megatron.attention.aggregation.triton import aggregate
 from maha_megatron.attention.scale_attention.attended import Attended
-from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_one_softmax
+from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_joint
 from maha_megatron.attention.scale_attention.triton_scales_ops import attend_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
@@ -46,7 +46,7 @@ def attend(
         return eager.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
     past_slots = tuple(past_slots or (0,) * spec.scales)
     inputs = (q_tnd, levels, document_start_t, parameters, spec, past_slots)
-    if is_one_softmax(spec):
+    if is_joint(spec):
         out_tnd, weights_tnl = attend_jointly(*inputs, with_weights, tuning)
         return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)
     if spec.aggregation == "program":

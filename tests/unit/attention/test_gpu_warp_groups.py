@@ -40,7 +40,7 @@ def test_warp_groups_are_as_near_to_exact_as_the_portable_kernel(width, n, g, le
     for groups in (None, tuning.groups):
         own = dataclasses.replace(tuning, groups=groups)
         call = triton_joint.Call(q, *learned, start, SPEC, (0,) * SPEC.scales, own, levels)
-        found.append(call.forward(True))
+        found.append(call.forward(True)[:3])
         assert all(map(torch.equal, found[-1], call.forward(True)))
     (plain, plain_lse, plain_parts), (out, lse, parts) = found
     norms = exact.norm(dim=-1)

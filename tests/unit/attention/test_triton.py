@@ -76,6 +76,17 @@ CASES = [
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
     ),
     pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
+    pytest.param(
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), lse_utility=False)),
+        1,
+        id="ratio 3, no LSE",
+    ),
+    pytest.param(
+        Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1), lse_utility=False)),
+        1,
+        marks=full,
+        id="8 scales, no LSE",
+    ),
     *(
         pytest.param(Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**options)), 2, id=name, marks=() if often else full)
         for name, options, often in FUSED
@@ -130,7 +141,7 @@ WIDE_CASE = Case(lengths=(700, 301), n=4, g=1, d=128, spec=spec(windows=(128, 11
     [
         (PACKED_CASE, 2),
         (GAME_CASE, 2),
-        pytest.param(NO_LSE_CASE, 2, marks=full),
+        (NO_LSE_CASE, 2),
         pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu),
     ],
     ids=["packed", "a game", "no LSE", "wide"],
@@ -144,15 +155,16 @@ def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, d
     assert {name: error for name, error in found.items() if not error <= 2 * finer * plain[name]} == {}, plain
 
 
-@pytest.mark.parametrize("options", [{}, GAME], ids=["joint", "a game"])
+@pytest.mark.parametrize("options", [{}, {"lse_utility": False}, GAME], ids=["joint", "no LSE", "a game"])
 def test_two_runs_are_bitwise_equal(options):
     case = Case(lengths=(5, 32), n=2, g=1, d=32, spec=spec(windows=(20, 7), **options))
     first, second = (run(case, leaves(case, torch.float32, DEVICE), kernels(2)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_weights_are_written_when_asked_for_only():
-    case = Case(lengths=(9,), n=1, g=1, d=32, spec=spec(windows=(5, 2)))
+@pytest.mark.parametrize("lse_utility", [True, False])
+def test_weights_are_written_when_asked_for_only(lse_utility):
+    case = Case(lengths=(9,), n=1, g=1, d=32, spec=spec(windows=(5, 2), lse_utility=lse_utility))
     values = leaves(case, torch.float32, DEVICE)
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     start_t = documents_of(case, DEVICE).start_t
@@ -169,6 +181,7 @@ def test_weights_are_written_when_asked_for_only():
     [
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {}, id="packed"),
         pytest.param((107,), (0, 100, 101, 107), (64, 32, 11), {}, marks=full, id="a past of several tiles of keys"),
+        pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"lse_utility": False}, id="no LSE"),
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME, id="a game"),
     ],
 )

@@ -25,6 +25,8 @@ SPILLED_BYTES = {
         "query gradients": 48,
         "attention, scale by scale": 16,
         "query gradients, scale by scale": 40,
+        "attention, weighed": 144,
+        "query gradients, weighed": 96,
     },
 }
 

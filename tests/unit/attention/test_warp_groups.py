@@ -48,7 +48,7 @@ def launch_of(call, *, with_weights: bool = False):
     keys = empty(call.g, sum(call.entries), call.d, dtype=call.q.dtype)
     out, lse = empty(*call.q.shape, dtype=call.q.dtype), empty(call.n, call.rows, dtype=torch.float32)
     scale_lse = empty(call.rows, call.n, call.spec.scales, dtype=torch.float32) if with_weights else None
-    return call.attention(keys, out, lse, scale_lse)
+    return call.attention(keys, out, lse, scale_lse, None)
 
 
 @pytest.fixture
