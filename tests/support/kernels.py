@@ -102,6 +102,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
     kinds = (triton_scales.Call, triton_joint.WeighedCall)
     single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
+    single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
     parts_of = (found.learned_parts, made.gain_parts)
@@ -109,12 +110,14 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     of_scales = single.found_by_query_gradients(given)
     by_scale = {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
+        "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
         "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
         "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
     }
     own_lse, of_weighed = empty(n, len(windows), rows), weighed.made_by_query_gradients()
     by_weights = {
         "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
+        "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
         "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
         "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
     }
@@ -175,11 +178,18 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
 def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
     """The forward by warp groups at the ends of what it serves, on the meta device."""
     found, tuning = {}, tuning_for(dtype.itemsize, (9, 0))
-    for name, rows, n, g, ratio, windows, past, with_weights in (
-        ("one row and head", 1, 1, 1, 4, (128, 112, 124, 64), False, False),
-        ("one scale, one head at a time", 4096, 6, 2, 2, (100,), False, True),
-        ("ratio 3, after a past", 100, 4, 2, 3, (100, 30, 20), True, True),
-        ("8 scales", 4096, 16, 8, 4, (64,) * 8, False, True),
+    joint, weighed, each = triton_joint.Call, triton_joint.WeighedCall, triton_scales.Call
+    for name, kind, rows, n, g, ratio, windows, past, with_weights in (
+        ("one row and head", joint, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("one scale, one head at a time", joint, 4096, 6, 2, 2, (100,), False, True),
+        ("ratio 3, after a past", joint, 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("8 scales", joint, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("weighed, one row and head", weighed, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("weighed, ratio 3, after a past", weighed, 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("weighed, 8 scales", weighed, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("scale by scale, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("scale by scale, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("scale by scale, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
     ):
         pasts = windows if past else (0,) * len(windows)
         entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
@@ -187,9 +197,14 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         learned = (empty(n, width), empty(g, width))
         learned += (empty(len(windows), n, width), empty(len(windows), n)) if with_weights else (None, None)
         spec, q = MahaSpec(ratio=ratio, windows=windows, convolution=False), empty(rows, n, width, kind=dtype)
-        call = triton_joint.Call(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
+        call = kind(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
         keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
-        found[name] = call.attention(keys, q, empty(n, rows), of_scales if with_weights else None, None)
+        given = (keys, q, empty(n, rows), of_scales if with_weights else None)
+        if kind is each:
+            given = (keys, empty(rows, n, len(windows), width, kind=dtype), of_scales, given[-1])
+        else:
+            given += (empty(n, len(windows), rows) if kind is weighed else None,)
+        found[name] = call.attention(*given)
         assert found[name].kernel.is_gluon(), name
     return found
 

@@ -114,10 +114,12 @@ class GroupSizes:
     Args:
         heads: query heads of a program, 1 or 2.
         stages: tiles of keys and values in shared memory.
+        each: whether outputs of every scale are written, rather than of all.
     """
 
     heads: int
     stages: int
+    each: bool
 
     @property
     def rows(self) -> int:

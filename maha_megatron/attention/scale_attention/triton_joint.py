@@ -118,13 +118,21 @@ class Call:
 
     def attention(self, keys, out, lse, scale_lse, own_lse) -> Launch:
         tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse, own_lse)
-        by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() and not self.apart else None
-        if by_groups is not None and by_groups.unserved(self.q, self.values) is None:
-            arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
-            return by_groups.launch(arguments, keys, self.q, self.values, self.tuning.groups)
+        return self._by_groups(keys, *tensors) or self._portable(attend_kernel, *tensors)
+
+    def _by_groups(self, keys, *tensors) -> Launch | None:
+        """The forward by warp groups, of attend_kernel's tensors; None where it does not serve the call."""
+        by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() else None
+        if by_groups is None or by_groups.unserved(self.q, self.values) is not None:
+            return None
+        arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
+        return by_groups.launch(arguments, keys, self.q, self.values, self.tuning.groups, self.each)
+
+    def _portable(self, kernel, *tensors) -> Launch:
+        """The forward by a kernel of rows, heads and keys."""
         tiles = self.tuning.forward
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
-        return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+        return self._launch(kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def forward(self, with_weights: bool) -> tuple[torch.Tensor | None, ...]:
         """Output [t, n, d], lse [n, t], scale_lse [t, n, L] if weights are asked for, else None, and own_lse [n, L, t]

@@ -1,6 +1,6 @@
 """Every scale's attention by kernels: which buffers they read and write, and in which order (triton_scales_ops.py).
 
-    forward     prepare_keys -> attend_scales_kernel
+    forward     prepare_keys -> attend_scales_kernel, or by warp groups (gluon_forward.py)
     backward    prepare_keys -> scales_query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel)
 
 Kept for backward: q, the levels, O [t, n, L, d] and LSE [t, n, L]. Every sum has a fixed order, so results are bitwise
@@ -49,9 +49,7 @@ class Call(joint.Call):
 
     def attention(self, keys, outs, lses, utilities) -> Launch:
         tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(outs), lses, utilities)
-        tiles = self.tuning.forward
-        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
-        return self._launch(attend_scales_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+        return self._by_groups(keys, *tensors, None) or self._portable(attend_scales_kernel, *tensors)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """O [t, n, L, d] in q's dtype, LSE [t, n, L] and, with rho, utilities [t, n, L] in fp32."""

@@ -49,7 +49,7 @@ class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
     Args:
-        groups: of the joint forward by warp groups, on Hopper cards; None: the portable kernel, with `forward`.
+        groups: of the forward by warp groups, on Hopper cards; None: the portable kernels, with `forward`.
         span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """

@@ -133,18 +133,27 @@ def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
 
 GAME_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**GAME))
 NO_LSE_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(lse_utility=False))
-WIDE_CASE = Case(lengths=(700, 301), n=4, g=1, d=128, spec=spec(windows=(128, 112, 124, 64)))
+WIDE_CASES = [
+    pytest.param(
+        Case(lengths=(330, 1, 101), n=4, g=g, d=width, spec=spec(windows=(128, 112, 124, 64), **options)),
+        0,
+        marks=pytest.mark.gpu,
+        id=f"wide, {name}, {width} channels, {g} groups",
+    )
+    for name, options, _ in [("one softmax", {}, True), *FUSED]
+    for width, g in ((64, 4), (128, 2))
+    if name in ("one softmax", "no LSE", "quadratic", "gram", "nash")
+]
 
 
 @pytest.mark.parametrize(
     ("case", "heads"),
     [
-        (PACKED_CASE, 2),
-        (GAME_CASE, 2),
-        (NO_LSE_CASE, 2),
-        pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu),
+        pytest.param(PACKED_CASE, 2, id="packed"),
+        pytest.param(GAME_CASE, 2, id="a game"),
+        pytest.param(NO_LSE_CASE, 2, id="no LSE"),
+        *WIDE_CASES,
     ],
-    ids=["packed", "a game", "no LSE", "wide"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
 def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, dtype):
