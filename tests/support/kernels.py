@@ -100,31 +100,11 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
     turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
-    kinds = (triton_scales.Call, triton_joint.WeighedCall)
-    single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
-    single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
-    outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
-    given = triton_scales.Given(outs, lses, outs, lses, lses)
     parts_of = (found.learned_parts, made.gain_parts)
     sums_of = [x[0] for x in parts_of]
-    of_scales = single.found_by_query_gradients(given)
-    by_scale = {
-        "attention, scale by scale": single.attention(keys, outs, lses, lses),
-        "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
-        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
-        "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
-    }
-    own_lse, of_weighed = empty(n, len(windows), rows), weighed.made_by_query_gradients()
-    by_weights = {
-        "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
-        "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
-        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
-        "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
-    }
+    outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     return (
         pyramids
-        | by_scale
-        | by_weights
         | _fusions(outs, lses, q)
         | {
             "turning": turned.turning(of_rows[:2]),
@@ -139,7 +119,32 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "key gradients, parts added": call.added_parts(made),
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
+        | _apart(of_call, tuning, levels)
     )
+
+
+def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
+    """Launches of calls whose scales have a softmax each."""
+    q, portable = of_call[0], dataclasses.replace(tuning, groups=None)
+    kinds = (triton_scales.Call, triton_joint.WeighedCall)
+    single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
+    single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
+    rows, n, scales, width = len(q), single.n, len(levels), single.d
+    keys, lse = empty(single.g, sum(single.entries), width, kind=q.dtype), empty(n, rows)
+    outs, lses, own_lse = empty(rows, n, scales, width, kind=q.dtype), empty(rows, n, scales), empty(n, scales, rows)
+    made = single.made_by_key_gradients(*zip(*levels, strict=True))
+    given = triton_scales.Given(outs, lses, outs, lses, lses)
+    of_scales, of_weighed = single.found_by_query_gradients(given), weighed.made_by_query_gradients()
+    return {
+        "attention, scale by scale": single.attention(keys, outs, lses, lses),
+        "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
+        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
+        "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
+        "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
+        "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
+        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
+        "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
+    }
 
 
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
