@@ -101,20 +101,11 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
     turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
-    single = triton_scales.Call(*of_call, tuning, levels)
-    outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
-    given = triton_scales.Given(outs, lses, outs, lses, lses)
     parts_of = (found.learned_parts, made.gain_parts)
     sums_of = [x[0] for x in parts_of]
-    of_scales = single.found_by_query_gradients(given)
-    by_scale = {
-        "attention, scale by scale": single.attention(keys, outs, lses, lses),
-        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
-        "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
-    }
+    outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     return (
         pyramids
-        | by_scale
         | _fusions(outs, lses, q)
         | {
             "turning": turned.turning(of_rows[:2]),
@@ -122,13 +113,14 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution": mixed.mixing(of_rows),
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
-            "attention": triton_joint.Call(*of_call, portable, levels).attention(keys, q, lse, None),
-            "attention, as the table has it": call.attention(keys, q, lse, None),
-            "query gradients": call.query_gradients(keys, q, lse, q, found),
+            "attention": triton_joint.Call(*of_call, portable, levels).attention(keys, q, lse, None, None),
+            "attention, as the table has it": call.attention(keys, q, lse, None, None),
+            "query gradients": call.query_gradients(keys, q, lse, None, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
+        | _apart(of_call, tuning, levels)
     )
 
 
@@ -156,8 +148,32 @@ def refined_launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int =
         "opened keys joined": call.joining(lists.chosen, outputs, q, lse, lse),
         "opened keys' gradients": call.opened_gradients(opening, keys, lists, q, of_queries, of_keys),
         "runs added": call.added_runs(lists, of_keys),
-        "query gradients, refined": call.query_gradients(keys, q, lse, q, found),
+        "query gradients, refined": call.query_gradients(keys, q, lse, None, q, found),
         "key gradients, refined": call.key_gradients(keys, q, found, made),
+    }
+
+
+def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
+    """Launches of calls whose scales have a softmax each."""
+    q, portable = of_call[0], dataclasses.replace(tuning, groups=None)
+    kinds = (triton_scales.Call, triton_joint.WeighedCall)
+    single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
+    single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
+    rows, n, scales, width = len(q), single.n, len(levels), single.d
+    keys, lse = empty(single.g, sum(single.entries), width, kind=q.dtype), empty(n, rows)
+    outs, lses, own_lse = empty(rows, n, scales, width, kind=q.dtype), empty(rows, n, scales), empty(n, scales, rows)
+    made = single.made_by_key_gradients(*zip(*levels, strict=True))
+    given = triton_scales.Given(outs, lses, outs, lses, lses)
+    of_scales, of_weighed = single.found_by_query_gradients(given), weighed.made_by_query_gradients()
+    return {
+        "attention, scale by scale": single.attention(keys, outs, lses, lses),
+        "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
+        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
+        "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
+        "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
+        "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
+        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
+        "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
     }
 
 
@@ -170,7 +186,6 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
         ("a game", own_scales, True, True, "entropy"),
         ("gram", own_scales, True, False, "entropy"),
         ("nash", own_scales, False, True, "entropy"),
-        ("softmax", own_scales, False, False, "entropy"),
         ("sparsemax", own_scales, False, False, "quadratic"),
     ):
         outs, numbers = outs.new_empty(rows, n, scales, outs.shape[-1]), lses.new_empty(rows, n, scales)
@@ -198,11 +213,18 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
 def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
     """The forward by warp groups at the ends of what it serves, on the meta device."""
     found, tuning = {}, tuning_for(dtype.itemsize, (9, 0))
-    for name, rows, n, g, ratio, windows, past, with_weights in (
-        ("one row and head", 1, 1, 1, 4, (128, 112, 124, 64), False, False),
-        ("one scale, one head at a time", 4096, 6, 2, 2, (100,), False, True),
-        ("ratio 3, after a past", 100, 4, 2, 3, (100, 30, 20), True, True),
-        ("8 scales", 4096, 16, 8, 4, (64,) * 8, False, True),
+    joint, weighed, each = triton_joint.Call, triton_joint.WeighedCall, triton_scales.Call
+    for name, kind, rows, n, g, ratio, windows, past, with_weights in (
+        ("one row and head", joint, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("one scale, one head at a time", joint, 4096, 6, 2, 2, (100,), False, True),
+        ("ratio 3, after a past", joint, 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("8 scales", joint, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("weighed, one row and head", weighed, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("weighed, ratio 3, after a past", weighed, 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("weighed, 8 scales", weighed, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("scale by scale, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        ("scale by scale, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
+        ("scale by scale, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
     ):
         pasts = windows if past else (0,) * len(windows)
         entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
@@ -210,9 +232,14 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         learned = (empty(n, width), empty(g, width))
         learned += (empty(len(windows), n, width), empty(len(windows), n)) if with_weights else (None, None)
         spec, q = MahaSpec(ratio=ratio, windows=windows, convolution=False), empty(rows, n, width, kind=dtype)
-        call = triton_joint.Call(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
+        call = kind(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
         keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
-        found[name] = call.attention(keys, q, empty(n, rows), of_scales if with_weights else None)
+        given = (keys, q, empty(n, rows), of_scales if with_weights else None)
+        if kind is each:
+            given = (keys, empty(rows, n, len(windows), width, kind=dtype), of_scales, given[-1])
+        else:
+            given += (empty(n, len(windows), rows) if kind is weighed else None,)
+        found[name] = call.attention(*given)
         assert found[name].kernel.is_gluon(), name
     return found
 

@@ -1,4 +1,7 @@
-"""Aggregation by kernels as operators of torch: everything but stated programs (triton_fusion.py has the order)."""
+"""Aggregation by kernels as operators of torch (triton_fusion.py has the order).
+
+Everything that needs the scales' outputs but stated programs: entropy without coupling and equal weights need none.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -15,24 +18,23 @@ Given = torch.Tensor | None
 def aggregate(
     outputs_tnld: torch.Tensor,
     lse_tnl: torch.Tensor,
-    utility_tnl: torch.Tensor | None,
+    utility_tnl: torch.Tensor,
     parameters: AttentionParameters,
     spec: MahaSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, SolveReport | None]:
-    """sum_l w_l O_l per row and head, as `aggregate` of eager.py, of every aggregation but stated programs.
+    """sum_l w_l O_l per row and head, as `aggregate` of eager.py.
 
     Args:
         outputs_tnld: of every scale, contiguous, in the dtype of the result.
         lse_tnl: fp32; -inf where infeasible, and the output is 0 there.
-        utility_tnl: the learned part <rho_l, q> + beta_l, fp32; None for equal weights.
+        utility_tnl: the learned part <rho_l, q> + beta_l, fp32.
 
     Returns:
         Output [t, n, d], weights [t, n, L], and the solver's report, None where the weights have a closed form.
     """
     kappa = F.softplus(parameters.coupling_raw.float()) if spec.coupling == "gram" else None
     skew = parameters.skew.float() if spec.aggregation == "nash" else None
-    regularizer = "none" if spec.aggregation == "mean" else spec.regularizer
-    given = (outputs_tnld, lse_tnl, utility_tnl, kappa, skew, regularizer, spec.lse_utility)
+    given = (outputs_tnld, lse_tnl, utility_tnl, kappa, skew, spec.regularizer, spec.lse_utility)
     out_tnd, weights_tnl, _, residual_tn, steps_tn = fuse_scales(*given)
     if kappa is None and skew is None:
         return out_tnd, weights_tnl, None
@@ -42,7 +44,7 @@ def aggregate(
 
 @torch.library.custom_op("maha_megatron::fuse_scales", mutates_args=())
 def fuse_scales(
-    outs: Tensor, lses: Tensor, utilities: Given, kappa: Given, skew: Given, regularizer: str, lse_utility: bool
+    outs: Tensor, lses: Tensor, utilities: Tensor, kappa: Given, skew: Given, regularizer: str, lse_utility: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [t, n, d], weights [t, n, L]; products [t, n, L, L] with kappa, residuals and steps [t, n] with either
     part of M, else empty.
@@ -69,13 +71,13 @@ def fuse_scales_backward(
     products: Tensor,
     outs: Tensor,
     lses: Tensor,
-    utilities: Given,
+    utilities: Tensor,
     kappa: Given,
     skew: Given,
     regularizer: str,
     lse_utility: bool,
 ) -> list[Tensor]:
-    """Gradients of the outputs and, if given, of the payoffs (one for utilities and LSE), kappa and the skew part."""
+    """Gradients of the outputs, of the payoffs (one for utilities and LSE) and, if given, kappa and the skew part."""
     fusion = Fusion(outs, lses, utilities, kappa, skew, regularizer, lse_utility)
     made = fusion.backward(grad_out.contiguous(), out, weights, None if kappa is None else products)
     return [x for x in made if x is not None]

@@ -17,7 +17,6 @@ from maha_megatron.attention.aggregation.triton_programs import (
     dot,
     newton,
     positive,
-    softmax,
     sparsemax,
     tangent,
     times,
@@ -125,7 +124,6 @@ def equilibrium_kernel(
     rows,
     n,
     SCALES: tl.constexpr,
-    ENTROPY: tl.constexpr,
     LSE: tl.constexpr,
     STEPS: tl.constexpr,
     TARGET: tl.constexpr,
@@ -137,7 +135,7 @@ def equilibrium_kernel(
     for i in tl.static_range(SCALES):
         payoff = payoff + (tl.where(feasible[i], learned[i] + lse[i] if LSE else learned[i], 0.0),)
     if products is None and skew is None:
-        weight = softmax(payoff, feasible, SCALES) if ENTROPY else sparsemax(payoff, feasible, SCALES)
+        weight = sparsemax(payoff, feasible, SCALES)  # the entropy's needs no outputs (triton_joint.py)
     else:
         given, strength = None, None
         if products is not None:

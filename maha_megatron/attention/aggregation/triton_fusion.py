@@ -28,16 +28,16 @@ HELD_NUMBERS = 16384  # of all scales' outputs, by one program
 class Fusion:
     """One call's tensors: O [t, n, L, d], LSE and learned utilities [t, n, L], kappa [n], skew [n, L (L - 1) / 2].
 
-    `regularizer` may be "none": weights are equal, and there are no utilities.
+    Entropy has kappa or a skew part, or both: without them no output of a scale is needed.
     """
 
     def __init__(self, outs, lses, utilities, kappa, skew, regularizer: str, lse_utility: bool):
-        self.outs, self.lses = outs, lses
-        self.utilities = None if utilities is None else utilities.contiguous()
+        self.outs, self.lses, self.utilities = outs, lses, utilities.contiguous()
         self.kappa, self.skew = kappa, skew
         self.regularizer, self.lse_utility = regularizer, lse_utility
         self.rows, self.n, self.scales, self.width = outs.shape
         self.coupled = kappa is not None or skew is not None
+        assert self.coupled or regularizer == "quadratic", regularizer
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Of every row and head."""
@@ -66,7 +66,6 @@ class Fusion:
     def equilibrium(self, products, weights, residuals, steps) -> Launch:
         tensors = (self.utilities, self.lses, products, self.kappa, self.skew, weights, residuals, steps)
         options = {"LSE": self.lse_utility, "STEPS": NEWTON_STEPS, "TARGET": TARGET[torch.float32]}
-        options["ENTROPY"] = self.regularizer == "entropy"
         return self.over_programs(triton_equilibrium.equilibrium_kernel, *tensors, **options)
 
     def continuation(self, products, weights, residuals, steps) -> Launch:
@@ -82,10 +81,7 @@ class Fusion:
         if self.kappa is not None:
             products = self.empty(self.scales, self.scales)
             self.products(products).run()
-        if self.regularizer == "none":
-            feasible = self.lses != -torch.inf
-            weights = feasible / feasible.sum(-1, keepdim=True)
-        elif self.coupled and self.regularizer == "quadratic":
+        if self.coupled and self.regularizer == "quadratic":
             weights, residuals, steps = self._solved(products)
         else:
             weights = self.empty(self.scales)
@@ -115,17 +111,14 @@ class Fusion:
         return self.over_programs(triton_equilibrium.equilibrium_gradient_kernel, *tensors, ENTROPY=entropy)
 
     def backward(self, grad_out, out, weights, products) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of O, of the payoffs [t, n, L] (None where weights are equal), of kappa and of the skew part."""
-        grad_payoffs, through_gram, grad_kappa, grad_skew = (None,) * 4
-        if self.regularizer != "none":
-            grad_weights, grad_payoffs, grad_kappas = self.empty(self.scales), self.empty(self.scales), None
-            self.over_outputs(triton_outputs.weights_gradient_kernel, self.outs, grad_out, grad_weights).run()
-            if products is not None:
-                grad_kappas, through_gram = self.empty(), self.empty(2)
-            made = (grad_payoffs, through_gram, grad_kappas)
-            self.equilibrium_gradient(products, weights, grad_weights, *made).run()
-            grad_kappa = None if grad_kappas is None else grad_kappas.sum(0)
-            grad_skew = None if self.skew is None else self._skew_gradient(weights, grad_payoffs)
+        """Gradients of O, of the payoffs [t, n, L], of kappa and of the skew part, if given."""
+        grad_weights, grad_payoffs = self.empty(self.scales), self.empty(self.scales)
+        self.over_outputs(triton_outputs.weights_gradient_kernel, self.outs, grad_out, grad_weights).run()
+        grad_kappas, through_gram = (None, None) if products is None else (self.empty(), self.empty(2))
+        made = (grad_payoffs, through_gram, grad_kappas)
+        self.equilibrium_gradient(products, weights, grad_weights, *made).run()
+        grad_kappa = None if grad_kappas is None else grad_kappas.sum(0)
+        grad_skew = None if self.skew is None else self._skew_gradient(weights, grad_payoffs)
         grad_outs = torch.empty_like(self.outs)
         tensors = (self.outs, out, weights, grad_out, grad_payoffs, through_gram, grad_outs)
         self.over_outputs(triton_outputs.outputs_gradient_kernel, *tensors).run()

@@ -1,4 +1,5 @@
-"""The forward kernel of joint attention for Hopper: what triton_forward.py computes, by warp groups that share keys.
+"""The forward kernel for Hopper: what triton_forward.py and triton_scales_forward.py compute, by warp groups that share
+keys.
 
 A program has two warp groups of consumers, with 64 rows each, and a warp that loads for both. Keys and values come in
 tiles of 64 slots through a ring of stages in shared memory; a consumer passes over tiles that none of its rows sees.
@@ -23,11 +24,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from maha_megatron.attention.scale_attention.gluon_loading import (
+    GROUP_ROWS,
+    KEYS,
+    barrier_pairs,
+    ends_of,
+    let_go,
+    load,
+    rows_and_head,
+    wait_for,
+    work_count,
+)
 from maha_megatron.attention.scale_attention.triton_forward import (
     FARTHEST,
     LOG2_E,
@@ -36,6 +47,7 @@ from maha_megatron.attention.scale_attention.triton_forward import (
     only_seen,
     seen_by_whole_tile,
     visible_to_tile,
+    weighed,
 )
 from maha_megatron.attention.scale_attention.triton_geometry import (
     cosine_sine,
@@ -43,10 +55,9 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     rotated,
     turns,
 )
-from maha_megatron.attention.triton_slots import entries_before, past_of, visible, window_of
+from maha_megatron.attention.triton_slots import visible, window_of
 
-GROUP_ROWS = gl.constexpr(64)  # of one warp group: what one matrix instruction takes
-KEYS = gl.constexpr(64)  # of a tile
+LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.constexpr_function
@@ -69,125 +80,6 @@ def written_rows(width):
 
 
 @gluon.jit
-def work_count(queries, places, SIZES: gl.constexpr):
-    return gl.cdiv(places.rows, SIZES.rows) * (queries.n // SIZES.heads)
-
-
-@gluon.jit
-def rows_and_head(work, places, SIZES: gl.constexpr, GROUP: gl.constexpr):
-    """Of a program's work: its first row, and the first row and the head of one of its warp groups."""
-    tiles = gl.cdiv(places.rows, SIZES.rows)
-    start = work % tiles * SIZES.rows
-    head = work // tiles * SIZES.heads + GROUP % SIZES.heads
-    return start, start + GROUP // SIZES.heads * GROUP_ROWS, head
-
-
-@gluon.jit
-def ends_of(start, places, ROWS: gl.constexpr):
-    """Of ROWS rows, of which some or all may lie behind the last that there is: first; last and both documents."""
-    first = gl.minimum(start, places.rows - 1)
-    last = gl.minimum(start + ROWS, places.rows) - 1
-    first_document = gl.load(places.document_start + first).to(gl.int32)
-    return first, (last, first_document, gl.load(places.document_start + last).to(gl.int32))
-
-
-@gluon.jit
-def wait_for(barriers, tile):
-    """Until a tile's stage is full."""
-    STAGES: gl.constexpr = barriers[0].shape[0]
-    mbarrier.wait(barriers[0].index(tile % STAGES), (tile // STAGES) & 1)
-
-
-@gluon.jit
-def let_go(barriers, tile):
-    """A warp group no longer reads a tile: one thread says so for all."""
-    STAGES: gl.constexpr = barriers[0].shape[0]
-    gl.thread_barrier()
-    mbarrier.arrive(barriers[1].index(tile % STAGES), count=1)
-
-
-@gluon.jit
-def load_queries(
-    work,
-    turn,
-    queries,
-    query_rows,
-    places,
-    buffers,
-    barriers,
-    SHAPE: gl.constexpr,
-    SIZES: gl.constexpr,
-):
-    """Both warp groups' raw queries, in halves; rows behind the last are zeros."""
-    BYTES: gl.constexpr = 2 * GROUP_ROWS * SHAPE.half * 2
-    for group in gl.static_range(2):
-        _start, row, head = rows_and_head(work, places, SIZES, group)
-        full, channel = barriers[0].index(group), head * queries.raw.head_stride
-        mbarrier.wait(barriers[1].index(group), (turn & 1) ^ 1)
-        mbarrier.expect(full, BYTES)
-        tma.async_copy_global_to_shared(query_rows, [row, channel], full, buffers.index(2 * group))
-        tma.async_copy_global_to_shared(query_rows, [row, channel + SHAPE.half], full, buffers.index(2 * group + 1))
-
-
-@gluon.jit
-def load_tile(
-    tile,
-    described,
-    key_at,  # row of the keys
-    value_at,  # row and first number of the values
-    buffers,
-    barriers,
-    HALF: gl.constexpr,
-):
-    """A tile of keys, in halves, and its values, each as soon as its stage is empty."""
-    key_buffers, value_buffers = buffers
-    key_barriers, value_barriers = barriers
-    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
-    STAGES: gl.constexpr = value_buffers.shape[0]
-    stage, phase = tile % STAGES, ((tile // STAGES) & 1) ^ 1
-    full = key_barriers[0].index(stage)
-    mbarrier.wait(key_barriers[1].index(stage), phase)
-    mbarrier.expect(full, BYTES)
-    tma.async_copy_global_to_shared(described[0], [key_at, 0], full, key_buffers.index(2 * stage))
-    tma.async_copy_global_to_shared(described[0], [key_at, HALF], full, key_buffers.index(2 * stage + 1))
-    full = value_barriers[0].index(stage)
-    mbarrier.wait(value_barriers[1].index(stage), phase)
-    mbarrier.expect(full, BYTES)
-    tma.async_copy_global_to_shared(described[1], [value_at[0], value_at[1]], full, value_buffers.index(stage))
-
-
-@gluon.jit
-def load(
-    given,
-    described,  # rows of queries, entries of keys, and of every scale entries of values
-    shared,
-    SHAPE: gl.constexpr,
-    SIZES: gl.constexpr,
-):
-    """The loader: for all work of a program the queries, and the tiles of every scale that some row sees."""
-    queries, keys, places = given
-    buffers, barriers = shared
-    query_rows, key_entries, values = described
-    tile, turn = gl.to_tensor(0), gl.to_tensor(0)
-    for work in range(gl.program_id(0), work_count(queries, places, SIZES), gl.num_programs(0)):
-        load_queries(work, turn, queries, query_rows, places, buffers[0], barriers[0], SHAPE, SIZES)
-        turn += 1
-        start, _row, head = rows_and_head(work, places, SIZES, 0)
-        group = head // queries.n_per_group
-        start, ends = ends_of(start, places, SIZES.rows)
-        for scale in gl.static_range(len(SHAPE.windows)):
-            begin, end = visible_to_tile(start, ends, scale, SHAPE)
-            past = past_of(scale, SHAPE)
-            key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
-            channel = group * keys.raw_values.group_strides[scale]
-            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
-            for i in range(gl.cdiv(end - begin, KEYS)):
-                at = end - (i + 1) * KEYS
-                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
-                tile += 1
-
-
-@gluon.jit
 def query_norms(raw, SHAPE: gl.constexpr, LAYOUT: gl.constexpr, LINES: gl.constexpr):
     """1 / the root mean square of raw queries."""
     first, second = raw[0].load(LAYOUT).to(gl.float32), raw[1].load(LAYOUT).to(gl.float32)
@@ -201,20 +93,11 @@ def of_head(pointer, head, channel, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def turned_queries(
-    raw,
-    queries,
-    head,
-    place,
-    norm,
-    places,
-    scale,
-    operand: gl.constexpr,
-    SHAPE: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Queries times their gain, rotated for a scale, in two halves; and <rho_l, q> + beta_l in units of log 2."""
+def turn_queries(raw, turned, queries, head, place, norm, places, scale, SHAPE: gl.constexpr):
+    """Writes queries times their gain, rotated for a scale, in halves; <rho_l, q> + beta_l in units of log 2."""
     HALF: gl.constexpr = SHAPE.half
+    LAYOUT: gl.constexpr = operand_of(KEYS)
+    operand: gl.constexpr = turned[0].dtype
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
     first = raw[0].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel, 2 * HALF)
     second = raw[1].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel + HALF, 2 * HALF)
@@ -229,7 +112,11 @@ def turned_queries(
     turn = turns(place, places.frequency, scale, channel, HALF, SHAPE.fast)
     cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = rotated(first, second, cosine, sine)
-    return first.to(operand), second.to(operand), raised
+    turned[0].store(first.to(operand))
+    turned[1].store(second.to(operand))
+    fence_async_shared()
+    gl.thread_barrier()
+    return raised
 
 
 @gluon.jit
@@ -301,17 +188,46 @@ def attend_scale(
 
 
 @gluon.jit
-def write(softmax, out, lse, head, start, row, places, SHAPE: gl.constexpr):
-    """A warp group's outputs and log-sum-exps."""
-    top, mass, fused = softmax
+def write(fused, mass, out, head, start, places, SHAPE: gl.constexpr):
+    """A warp group's outputs: sums of values over their mass, 0 where there is none."""
     WRITTEN: gl.constexpr = written_rows(2 * SHAPE.half)
-    mass = gl.where(row < places.rows, mass, 1.0)
-    gl.store(lse + head * places.rows + row, top + gl.log2(mass), mask=row < places.rows)
-    fused *= gl.convert_layout(1 / mass, gl.SliceLayout(1, fused.type.layout))[:, None]
+    fused *= gl.convert_layout(1 / gl.where(mass > 0, mass, 1.0), gl.SliceLayout(1, fused.type.layout))[:, None]
     fused = gl.convert_layout(fused.to(out.tensor.dtype.element_ty), WRITTEN)
     line = start + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, WRITTEN))
     channel = gl.arange(0, 2 * SHAPE.half, layout=gl.SliceLayout(0, WRITTEN))
     gl.store(at_lines(out, start, line, head, channel), fused, mask=(line < places.rows)[:, None])
+
+
+@gluon.jit
+def write_scale(softmax, raised, outputs, n, head, start, row, places, scale, SHAPE: gl.constexpr):
+    """A scale's outputs, log-sum-exps and utilities: what attend_scales_kernel writes."""
+    top, mass, fused = softmax
+    SCALES: gl.constexpr = len(SHAPE.windows)
+    at = (row.to(gl.int64) * n + head) * SCALES + scale
+    gl.store(outputs[1] + at, log_of_sum(top, mass) * LN_2, mask=row < places.rows)
+    if SHAPE.utilities:
+        gl.store(outputs[2] + at, raised * LN_2, mask=row < places.rows)
+    write(fused, mass, outputs[0], head * SCALES + scale, start, places, SHAPE)
+
+
+@gluon.jit
+def add_scale(total, softmax, raised, outputs, head, row, places, scale, SHAPE: gl.constexpr):
+    """A scale's own softmax into the sum of all scales' outputs; its log-sum-exp is written."""
+    top, mass, fused = total
+    own_top, own_mass, own = softmax
+    COLUMNS: gl.constexpr = gl.SliceLayout(1, fused.type.layout)
+    top, mass, shrink, factor = weighed(top, mass, own_mass, raised)
+    fused = fused * gl.convert_layout(shrink, COLUMNS)[:, None] + own * gl.convert_layout(factor, COLUMNS)[:, None]
+    at = (head * len(SHAPE.windows) + scale).to(gl.int64) * places.rows + row
+    gl.store(outputs[3] + at, gl.where(own_mass != 0, log_of_sum(own_top, own_mass), 0.0), mask=row < places.rows)
+    return top, mass, fused
+
+
+@gluon.jit
+def begun(WIDTH: gl.constexpr, LINES: gl.constexpr):
+    """A softmax of nothing: its maximum, its sum, and its sum of values."""
+    none = gl.zeros([GROUP_ROWS], gl.float32, LINES)
+    return none + FARTHEST, none, gl.zeros([GROUP_ROWS, WIDTH], gl.float32, accumulator(WIDTH))
 
 
 @gluon.jit
@@ -327,10 +243,9 @@ def attend_work(
     GROUP: gl.constexpr,
 ):
     """One warp group's part of a program's work; the number of the next tile."""
-    HALF: gl.constexpr = SHAPE.half
     LINES: gl.constexpr = gl.SliceLayout(1, accumulator(KEYS))
-    operand: gl.constexpr = given[1].prepared.dtype.element_ty
-    PART: gl.constexpr = outputs[2] is not None
+    SCALES: gl.constexpr = len(SHAPE.windows)
+    PART: gl.constexpr = outputs[2] is not None and not SIZES.each
     queries, _keys, places = given
     buffers, barriers = shared
     ring = (buffers[1], buffers[2], barriers[1], barriers[2])
@@ -343,32 +258,35 @@ def attend_work(
     document = gl.load(places.document_start + gl.minimum(row, places.rows - 1)).to(gl.int32)
     mbarrier.wait(barriers[0][0].index(GROUP), turn & 1)
     norm = query_norms(raw, SHAPE, operand_of(KEYS), LINES)
-    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
-    none = gl.zeros([GROUP_ROWS], gl.float32, LINES)
-    fused = gl.zeros([GROUP_ROWS, 2 * HALF], gl.float32, accumulator(2 * HALF))
-    softmax = (gl.full_like(none, FARTHEST), none, fused)
-    for scale in range(len(SHAPE.windows)):
+    unit, none = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5), gl.zeros_like(norm)
+    total = begun(2 * SHAPE.half, LINES)
+    for scale in range(SCALES):
         end, count, near, far = tiles_of_group(start, ends, first, own_ends, scale, SHAPE)
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
         seen_from, seen_to = seen_by_whole_tile(first, own_ends, scale, SHAPE)
-        of_queries = (raw, queries, head, row - document, norm, places, scale)
-        query_first, query_second, raised = turned_queries(*of_queries, operand, SHAPE, operand_of(KEYS))
-        query[0].store(query_first)
-        query[1].store(query_second)
-        fence_async_shared()
-        gl.thread_barrier()
-        if scale == len(SHAPE.windows) - 1:  # the next work's queries may come
+        raised = turn_queries(raw, query, queries, head, row - document, norm, places, scale, SHAPE)
+        if scale == SCALES - 1:  # the next work's queries may come
             mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
         skip(tile, tile + near, ring)
-        of_rows = (query, raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
+        of_rows = (query, none if SHAPE.apart else raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
+        softmax = begun(2 * SHAPE.half, LINES) if SHAPE.apart else total
         of_tiles = (tile + near, tile + far, tile, end)
-        softmax, part = attend_scale(of_rows, of_tiles, softmax, none, ring, PART)
+        softmax, part = attend_scale(of_rows, of_tiles, softmax, none, ring, PART and not SHAPE.apart)
         skip(tile + far, tile + count, ring)
         tile += count
+        if SIZES.each:
+            write_scale(softmax, raised, outputs, queries.n, head, own, row, places, scale, SHAPE)
+        elif SHAPE.apart:
+            total = add_scale(total, softmax, raised, outputs, head, row, places, scale, SHAPE)
+        else:
+            total = softmax
         if PART:
-            at_part = (row.to(gl.int64) * queries.n + head) * len(SHAPE.windows) + scale
-            gl.store(outputs[2] + at_part, log_of_sum(softmax[0], part), mask=row < places.rows)
-    write(softmax, outputs[0], outputs[1], head, own, row, places, SHAPE)
+            part = gl.where(softmax[1] != 0, raised, float("-inf")) if SHAPE.apart else log_of_sum(softmax[0], part)
+            at_part = (row.to(gl.int64) * queries.n + head) * SCALES + scale
+            gl.store(outputs[2] + at_part, part, mask=row < places.rows)
+    if not SIZES.each:
+        gl.store(outputs[1] + head * places.rows + row, total[0] + gl.log2(total[1]), mask=row < places.rows)
+        write(total[2], total[1], outputs[0], head, own, places, SHAPE)
     return tile
 
 
@@ -379,17 +297,6 @@ def attend(given, outputs, shared, SHAPE: gl.constexpr, SIZES: gl.constexpr, GRO
     for work in range(gl.program_id(0), work_count(given[0], given[2], SIZES), gl.num_programs(0)):
         tile = attend_work(work, turn, tile, given, outputs, shared, SHAPE, SIZES, GROUP)
         turn += 1
-
-
-@gluon.jit
-def barrier_pairs(COUNT: gl.constexpr, USERS: gl.constexpr):
-    """Of COUNT buffers: full, which the loader's copies complete, and empty, at which every user arrives."""
-    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=USERS)
-    return full, empty
 
 
 @gluon.jit
@@ -407,9 +314,10 @@ def attend_by_groups_kernel(
     queries,
     keys,
     places,
-    out,  # Rows
-    lse,  # as of attend_kernel
-    scale_lse,
+    out,  # as of attend_kernel; of attend_scales_kernel where outputs of every scale are asked for: Rows of heads and
+    lse,  # scales, log-sum-exps
+    scale_lse,  # and utilities
+    own_lse,
     SHAPE: gl.constexpr,
     SIZES: gl.constexpr,
 ):
@@ -423,7 +331,7 @@ def attend_by_groups_kernel(
     barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
-    given, shared, made = (queries, keys, places), (buffers, barriers), (out, lse, scale_lse)
+    given, shared, made = (queries, keys, places), (buffers, barriers), (out, lse, scale_lse, own_lse)
     gl.warp_specialize(
         [
             (attend, (given, made, shared, SHAPE, SIZES, 0)),

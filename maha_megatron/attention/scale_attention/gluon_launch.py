@@ -8,7 +8,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from maha_megatron.attention.scale_attention.gluon_forward import GROUP_ROWS, KEYS, attend_by_groups_kernel
+from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
+from maha_megatron.attention.scale_attention.gluon_loading import GROUP_ROWS, KEYS
 from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles
 from maha_megatron.attention.triton_launch import Launch
@@ -33,8 +34,13 @@ def unserved(q: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
     return None if aligned else "rows or heads that do not begin at multiples of 16 bytes"
 
 
-def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles) -> Launch:
-    """With `arguments` as of attend_kernel, SHAPE included: the prepared keys, queries and values once more."""
+def launch(
+    arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, values, tiles: GroupTiles, each: bool
+) -> Launch:
+    """With `arguments` as of attend_kernel, SHAPE included: the prepared keys, queries and values once more.
+
+    `each`: whether outputs of every scale are asked for.
+    """
     rows, n, width = q.shape
     of_values = [_described(x, KEYS.value, width) for x in values] + [None] * (_MOST_SCALES - len(values))
     described = {
@@ -43,7 +49,7 @@ def launch(arguments: dict[str, object], keys: torch.Tensor, q: torch.Tensor, va
         **{f"value_{scale}": of_scale for scale, of_scale in enumerate(of_values)},
     }
     heads = math.gcd(tiles.heads, n // keys.shape[0])
-    sizes = GroupSizes(heads=heads, stages=tiles.stages)
+    sizes = GroupSizes(heads=heads, stages=tiles.stages, each=each)
     work = -(-rows // sizes.rows) * (n // heads)
     return Launch(
         kernel=attend_by_groups_kernel,

@@ -1,7 +1,7 @@
 """Attention per scale and aggregation by kernels, where there are some; everything else by eager.py.
 
-    triton_joint.py    one softmax over all scales: entropy and LSE utilities without coupling, and a single scale
-    triton_opened.py   the same of a refined layer, with what it opens
+    triton_joint.py    entropy without coupling, equal weights and a single scale: no scale's output is ever needed
+    triton_opened.py   one softmax over all scales and over what a refined layer opens
     triton_scales.py   each scale's output and log-sum-exp, which every other aggregation fuses (aggregation/triton.py)
 
 Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels and queries at full rate; refined layers within
@@ -20,7 +20,7 @@ from maha_megatron.attention.aggregation.eager import aggregate as eager_aggrega
 from maha_megatron.attention.aggregation.triton import aggregate
 from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.scale_attention.triton_opened_ops import attend_opening
-from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_one_softmax
+from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_joint, is_one_softmax
 from maha_megatron.attention.scale_attention.triton_scales_ops import attend_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
@@ -50,7 +50,7 @@ def attend(
         return eager.attend(q_tnd, levels, document_start_t, parameters, spec, past_slots)
     past_slots = tuple(past_slots or (0,) * spec.scales)
     inputs = (q_tnd, levels, document_start_t, parameters, spec, past_slots)
-    if is_one_softmax(spec) or spec.refine is not None:
+    if is_joint(spec) or spec.refine is not None:
         attend_by = attend_jointly if spec.refine is None else attend_opening
         out_tnd, weights_tnl = attend_by(*inputs, with_weights, tuning)
         return Attended(out_tnd=out_tnd, weights_tnl=weights_tnl, report=None)

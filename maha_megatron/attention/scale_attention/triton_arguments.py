@@ -108,11 +108,12 @@ class OpenedKeys(NamedTuple):
 class QueryGradients(NamedTuple):
     """What the first kernel of backward writes, for the heads that it was given.
 
-    grad_q [t, n, d]; delta and norms (1 / root mean square of the raw queries) [n, t]; offsets [n, L, t], c_l - LSE in
-    units of log 2; turned [n, L, t, d], queries times their gain, rotated for every scale, not normalised;
-    utility_gradients and shares (the scale's part of the softmax) [n, L, t]. learned_parts [tiles, n, 1 + L + 1, d],
-    sums over each tile of rows: of the gain; with utilities of rho too, before the gain, and of beta in the first ones.
-    The last three count opened keys as one more scale. opened: of a refined layer, what was found before.
+    grad_q [t, n, d]; delta [n, t], where scales are apart [n, L, t]; norms [n, t], 1 / root mean square of the raw
+    queries; offsets [n, L, t], what is added to logits to make weights of them, in units of log 2; turned [n, L, t, d],
+    queries times their gain, rotated for every scale, not normalised; utility_gradients and shares (the scale's part of
+    the softmax) [n, L, t]. learned_parts [tiles, n, 1 + L + 1, d], sums over each tile of rows: of the gain; with
+    utilities of rho too, before the gain, and of beta in the first ones. The last three count opened keys as one more
+    scale. opened: of a refined layer, what was found before.
     """
 
     grad_q: Rows
@@ -150,6 +151,7 @@ class Shape:
         half: half the channels of a head.
         fast: angles with 32 bits, and sine and cosine by the device's own functions.
         utilities: whether there are rho and beta.
+        apart: whether every scale has a softmax of its own, rather than one over the keys of all.
         precision: of products of fp32, as Triton's input_precision.
         blocks: that a row opens; 0 where the layer opens none.
         from_scale, to_scale: where they lie, and what is read of them.
@@ -162,6 +164,7 @@ class Shape:
     epsilon: float
     fast: bool
     utilities: bool
+    apart: bool
     precision: str
     blocks: int = 0
     from_scale: int = 0
@@ -180,10 +183,12 @@ class GroupSizes:
     Args:
         heads: query heads of a program, 1 or 2.
         stages: tiles of keys and values in shared memory.
+        each: whether outputs of every scale are written, rather than of all.
     """
 
     heads: int
     stages: int
+    each: bool
 
     @property
     def rows(self) -> int:

@@ -1,5 +1,7 @@
 """The forward kernel: one softmax over the visible keys of all scales, scale l's logits raised by its utility c_l.
 
+Or, where utilities alone weigh the scales, a softmax for each scale, and the sum of their outputs by softmax(c).
+
 One program per tile of rows and query head (or per tile of rows and several heads of one KV group, which then read a
 tile of keys and values once). It goes over the scales and, in each, over the tiles of keys that its rows can see:
 
@@ -7,6 +9,9 @@ tile of keys and values once). It goes over the scales and, in each, over the ti
     scale 1    [k k]           queries rotated for scale 1, logits + c_1       one running maximum, one sum,
     scale 2    [k k]           ...                                             one accumulator [rows, d]
     scale 3    [k]
+
+Where scales are apart, each has a maximum, a sum and an accumulator of its own, and joins those of all when it ends:
+what weighs it is known by then, as positions alone say what is feasible.
 
 Logits and maxima are in units of log 2. Channels are read in halves, (i) and (i + d/2), so that pairs stay in place.
 """
@@ -207,45 +212,88 @@ def attend_scale(
 
 
 @triton.jit
+def queries_of_scale(
+    queries, places, start, row, document, head, norm, sight, scale, operand: tl.constexpr, SHAPE, HEADS: tl.constexpr
+):
+    """Queries turned for a scale, in the dtype of products, and every line's utility in units of log 2."""
+    HALF: tl.constexpr = SHAPE.half
+    there = (row < places.rows) & (sight[2] <= sight[3])
+    first, second = gained_queries(queries, start, row, head, there, HALF, HEADS)
+    raised = tl.zeros_like(norm)
+    if SHAPE.utilities:
+        raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
+    first, second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+    return joined(first, second), raised
+
+
+@triton.jit
+def begun(norm, WIDTH: tl.constexpr):
+    """A softmax of nothing: its maximum, its sum, and its sum of values."""
+    none = tl.zeros_like(norm)
+    return none + FARTHEST, none, tl.zeros([norm.shape[0], WIDTH], tl.float32)
+
+
+@triton.jit
+def weighed(top, mass, own_mass, raised):
+    """A scale's own softmax into the sum of all scales' outputs by weights 2**raised; an infeasible one has no mass.
+
+    The running maximum and sum of weights; by how much what came before shrinks; and the factor of the scale's values.
+    """
+    feasible = own_mass != 0
+    higher = tl.where(feasible, tl.maximum(top, raised), top)
+    weight = tl.where(feasible, tl.exp2(raised - higher), 0.0)
+    shrink = tl.exp2(top - higher)
+    return higher, mass * shrink + weight, shrink, weight / tl.where(feasible, own_mass, 1.0)
+
+
+@triton.jit
 def attend_kernel(
     queries,
     keys,
     places,
     out,  # Rows
-    lse,  # [n, t], of the one softmax, in units of log 2
-    scale_lse,  # [t, n, L], of every scale, utilities included; or None
+    lse,  # [n, t] in units of log 2: of the one softmax; where scales are apart, of the utilities of feasible scales
+    scale_lse,  # [t, n, L]: of every scale, utilities included; where scales are apart, of its utility; or None
+    own_lse,  # [n, L, t]: of every scale's own softmax, 0 where infeasible; None where scales are not apart
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    HALF: tl.constexpr = SHAPE.half
+    SCALES: tl.constexpr = len(SHAPE.windows)
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
-    channels = tl.arange(0, 2 * HALF)
     norm = query_norms(queries, start, row, head, inside, SHAPE)
     # queries are rotated as they are, and logits normalised: a factor for each row, in units of log 2
-    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
-    top = tl.full([HEADS * ROWS], FARTHEST, tl.float32)
-    mass = tl.zeros([HEADS * ROWS], tl.float32)
-    fused = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
-    for scale in tl.range(0, len(SHAPE.windows)):
+    unit = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5)
+    none = tl.zeros_like(norm)
+    top, mass, fused = begun(norm, 2 * SHAPE.half)
+    for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
-        first, second = gained_queries(queries, start, row, head, inside & (sight[2] <= sight[3]), HALF, HEADS)
-        raised = tl.zeros([HEADS * ROWS], tl.float32)
-        if SHAPE.utilities:
-            raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
-        turned_first, turned_second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
-        query = joined(turned_first, turned_second)
-        part = tl.zeros([HEADS * ROWS], tl.float32)
-        of_scale = (query, raised, unit, sight, keys, group, places, scale)
+        lines = (queries, places, start, row, document, head, norm, sight, scale)
+        query, raised = queries_of_scale(*lines, operand, SHAPE, HEADS)
+        of_tiles = (unit, sight, keys, group, places, scale)
+        at_part = (row.to(tl.int64) * queries.n + head) * SCALES + scale
         with_part: tl.constexpr = scale_lse is not None
-        top, mass, part, fused = attend_scale(*of_scale, top, mass, part, fused, SHAPE, KEYS, with_part)
-        if scale_lse is not None:
-            at_part = (row.to(tl.int64) * queries.n + head) * len(SHAPE.windows) + scale
-            tl.store(scale_lse + at_part, log_of_sum(top, part), mask=inside)
+        if SHAPE.apart:
+            own_top, own_mass, own = begun(norm, 2 * SHAPE.half)
+            softmax = (own_top, own_mass, none, own)
+            own_top, own_mass, part, own = attend_scale(query, none, *of_tiles, *softmax, SHAPE, KEYS, False)
+            feasible = own_mass != 0  # no number counts as feasible, and shows in the output
+            top, mass, shrink, factor = weighed(top, mass, own_mass, raised)
+            fused = fused * shrink[:, None] + own * factor[:, None]
+            own_top = tl.where(feasible, log_of_sum(own_top, own_mass), 0.0)
+            tl.store(own_lse + (head * SCALES + scale).to(tl.int64) * places.rows + row, own_top, mask=inside)
+            part = tl.where(feasible, raised, float("-inf"))
+        else:
+            softmax = (top, mass, none, fused)
+            top, mass, part, fused = attend_scale(query, raised, *of_tiles, *softmax, SHAPE, KEYS, with_part)
+            part = log_of_sum(top, part)
+        if with_part:
+            tl.store(scale_lse + at_part, part, mask=inside)
     mass = tl.where(inside, mass, 1.0)
     fused = (fused * (1 / mass)[:, None]).to(out.tensor.dtype.element_ty)
-    tl.store(at_lines(out, start, row, head, channels), fused, mask=inside[:, None])
+    to = at_lines(out, start, row, head, tl.arange(0, 2 * SHAPE.half))
+    tl.store(to, fused, mask=inside[:, None])
     tl.store(lse + head * places.rows + row, top + tl.log2(mass), mask=inside)

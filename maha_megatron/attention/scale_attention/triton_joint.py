@@ -4,8 +4,9 @@
     backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel,
                 by a few KV groups
 
-Kept for backward: q, the levels, out, and one number per row and head. Backward's own buffers, turned queries and
-prepared keys, are those of a few groups. Every sum has a fixed order, so results are bitwise reproducible.
+Kept for backward: q, the levels, out, and one number per row and head; where utilities alone weigh the scales, one more
+for each scale. Backward's own buffers, turned queries and prepared keys, are those of a few groups. Every sum has a
+fixed order, so results are bitwise reproducible.
 """
 
 import functools
@@ -45,6 +46,7 @@ class Call:
     """One call's tensors and numbers, as the kernels take them."""
 
     apart = False  # whether every scale has a softmax of its own
+    each = False  # whether every scale has an output of its own
 
     def __init__(self, q, query_gain, key_gain, rho, beta, document_start, spec, past_slots, tuning, levels):
         self.q, self.query_gain, self.key_gain = lined_up(q), query_gain.contiguous(), key_gain.contiguous()
@@ -79,6 +81,7 @@ class Call:
             epsilon=self.spec.norm_epsilon,
             fast=self.q.dtype.itemsize == 2 and compiled(),
             utilities=self.rho is not None,
+            apart=self.apart,
             precision="tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
             **({} if self.spec.refine is None else vars(self.spec.refine)),
         )
@@ -115,25 +118,36 @@ class Call:
         """Outputs or their gradients, as the kernels take them."""
         return of_rows(outputs)
 
-    def attention(self, keys, out, lse, scale_lse) -> Launch:
-        tiles = self.tuning.forward
-        tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse)
-        by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() else None
-        if by_groups is not None and by_groups.unserved(self.q, self.values) is None:
-            arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
-            return by_groups.launch(arguments, keys, self.q, self.values, self.tuning.groups)
-        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
-        return self._launch(attend_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+    def attention(self, keys, out, lse, scale_lse, own_lse) -> Launch:
+        tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(out), lse, scale_lse, own_lse)
+        return self._by_groups(keys, *tensors) or self._portable(attend_kernel, *tensors)
 
-    def forward(self, with_weights: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Output [t, n, d], the softmax's log-sum-exp [n, t] and that of every scale [t, n, L], in units of log 2."""
+    def _by_groups(self, keys, *tensors) -> Launch | None:
+        """The forward by warp groups, of attend_kernel's tensors; None where it does not serve the call."""
+        by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() else None
+        if by_groups is None or by_groups.unserved(self.q, self.values) is not None:
+            return None
+        arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
+        return by_groups.launch(arguments, keys, self.q, self.values, self.tuning.groups, self.each)
+
+    def _portable(self, kernel, *tensors) -> Launch:
+        """The forward by a kernel of rows, heads and keys."""
+        tiles = self.tuning.forward
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+
+    def forward(self, with_weights: bool) -> tuple[torch.Tensor | None, ...]:
+        """Output [t, n, d], lse [n, t], scale_lse [t, n, L] if weights are asked for, else None, and own_lse [n, L, t]
+        where scales are apart, else None; all as attend_kernel writes them.
+        """
         out = self._empty(self.rows, self.n, self.d, dtype=self.q.dtype)
         lse = self._empty(self.n, self.rows)
         scale_lse = self._empty(self.rows, self.n, self.spec.scales) if with_weights else None
-        self.attention(self.prepared_keys(), out, lse, scale_lse).run()
-        return out, lse, scale_lse
+        own_lse = self._empty(self.n, self.spec.scales, self.rows) if self.apart else None
+        self.attention(self.prepared_keys(), out, lse, scale_lse, own_lse).run()
+        return out, lse, scale_lse, own_lse
 
-    def query_gradients(self, keys, out, lse, grad_out, made: QueryGradients) -> Launch:
+    def query_gradients(self, keys, out, lse, own_lse, grad_out, made: QueryGradients) -> Launch:
         tiles = self.tuning.query_gradient
         tensors = (
             self._queries(),
@@ -141,6 +155,7 @@ class Call:
             self._places(),
             self.rows_of(out),
             lse,
+            own_lse,
             self.rows_of(grad_out),
             made,
         )
@@ -152,7 +167,7 @@ class Call:
         of_keys = (self._keys(keys), of_scales(self.raw_keys), self.key_gain)
         tensors = (self._queries(), *of_keys, self._places(), self.rows_of(grad_out), found, made, parts)
         grid = (sum(tiles_here * part for tiles_here, part in zip(self._key_tiles(tiles), parts, strict=True)), self.g)
-        sizes = {"ROWS": tiles.rows, "KEYS": tiles.keys, "APART": self.apart}
+        sizes = {"ROWS": tiles.rows, "KEYS": tiles.keys, "EACH": self.each}
         return self._launch(key_gradient_kernel, grid, tiles, *tensors, **sizes)
 
     def added_parts(self, made: KeyGradients) -> Launch:
@@ -175,7 +190,7 @@ class Call:
         with_utilities = self.rho is not None
         return QueryGradients(
             grad_q=of_rows(self._empty(self.rows, n, width, dtype=dtype)),
-            delta=self._empty(n, self.rows),
+            delta=self._empty(n, *([scales] if self.apart else []), self.rows),
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
             turned=self._empty(n, scales, self.rows, width, dtype=dtype),
@@ -196,10 +211,14 @@ class Call:
             sums=self._empty(programs, self.g, 2, tiles.keys, self.d),
         )
 
-    def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor):
+    def backward(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, own_lse: torch.Tensor | None):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
         grad_out = lined_up(grad_out)
-        return self._in_portions(lambda heads: (grad_out[:, heads], out[:, heads], lse[heads]))
+
+        def of_heads(heads: slice) -> tuple[torch.Tensor | None, ...]:
+            return grad_out[:, heads], out[:, heads], lse[heads], None if own_lse is None else own_lse[heads]
+
+        return self._in_portions(of_heads)
 
     def _in_portions(self, given: Callable[[slice], tuple]):
         """What `backward` returns, by a few KV groups at a time: `_gradients` takes what is `given` for their heads."""
@@ -237,11 +256,11 @@ class Call:
         numbers = (self.spec, self.past_slots, self.tuning, levels)
         return type(self)(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
 
-    def _gradients(self, grad_out, out, lse, grad_q, grad_keys, grad_values, sums) -> None:
+    def _gradients(self, grad_out, out, lse, own_lse, grad_q, grad_keys, grad_values, sums) -> None:
         """Writes the latter four; `sums`: as `_learned_gradients` takes them."""
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
-        self.query_gradients(keys, out, lse, grad_out, found).run()
+        self.query_gradients(keys, out, lse, own_lse, grad_out, found).run()
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
     def _through_keys(
@@ -263,6 +282,12 @@ class Call:
         grad_rho = of_queries[:, 1:-1].transpose(0, 1) * self.query_gain
         grad_beta = of_queries[:, -1, : self.spec.branches].T
         return *of_gains, grad_rho.to(self.rho.dtype, **copied), grad_beta.to(self.beta.dtype, **copied)
+
+
+class WeighedCall(Call):
+    """One call of scales that have a softmax each, whose outputs utilities alone weigh: equally, without any."""
+
+    apart = True
 
 
 @functools.cache

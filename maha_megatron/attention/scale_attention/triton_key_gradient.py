@@ -162,14 +162,14 @@ def key_gradient_kernel(
     raw_keys,
     key_gain,
     places,
-    grad_out,  # Rows; with APART, a head and scale is a head of its own
+    grad_out,  # Rows; with EACH, a head and scale is a head of its own
     found,  # by the first kernel
     made,
     parts,  # of every scale, how many programs share a tile
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    APART: tl.constexpr,  # whether every scale has a softmax, hence dO and delta, of its own
+    EACH: tl.constexpr,  # whether every scale has a dO of its own
 ):
     HALF: tl.constexpr = SHAPE.half
     SCALES: tl.constexpr = len(SHAPE.windows)
@@ -189,9 +189,8 @@ def key_gradient_kernel(
     for head in tl.range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
         of_scale = (head * SCALES + scale).to(tl.int64) * places.rows
         turned = found.turned + of_scale * (2 * HALF)
-        of_output, delta_at = head, found.delta + head * places.rows
-        if APART:
-            of_output, delta_at = head * SCALES + scale, found.delta + of_scale
+        of_output = head * SCALES + scale if EACH else head
+        delta_at = found.delta + (of_scale if SHAPE.apart else head * places.rows)
         for at in tl.range(begin, stop, ROWS):
             row, real, see_from, see_to = rows_at(at, places, scale, SHAPE, ROWS)
             query_at = turned + row[:, None] * (2 * HALF) + channels[None, :]

@@ -102,7 +102,7 @@ class Call(joint.Call):
         lse, opened_lse = self._empty(self.n, self.rows), self._empty(self.n, self.rows)
         scale_lse = self._empty(self.rows, self.n, self.spec.scales)
         keys = self.prepared_keys()
-        self.attention(keys, out, lse, scale_lse).run()
+        self.attention(keys, out, lse, scale_lse, None).run()
         chosen = self._empty(self.g, self.rows, self.spec.refine.blocks, dtype=torch.int32)
         self.choice(keys, scale_lse, chosen).run()
         lists = self.lists(chosen)
@@ -164,7 +164,7 @@ class Call(joint.Call):
         self.opened_gradients(opening, keys, lists, grad_out, of_queries, of_keys).run()
         self.added_runs(lists, of_keys).run()
         found = self.made_by_query_gradients()._replace(grad_q=joint.of_rows(grad_q), opened=of_queries)
-        self.query_gradients(keys, out, lse, grad_out, found).run()
+        self.query_gradients(keys, out, lse, None, grad_out, found).run()
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums, of_keys)
 
 

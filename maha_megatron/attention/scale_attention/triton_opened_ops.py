@@ -93,7 +93,8 @@ def refined_attention(
 @refined_attention.register_fake
 def _(q, query_gain, key_gain, rho, beta, document_start, keys, values, ratio, windows, past_slots, refine, *others):
     chosen = q.new_empty(keys[0].shape[1], q.shape[0], refine[2], dtype=torch.int32)
-    return *empty_outputs(q, len(windows) + 1, with_weights=others[-2]), chosen
+    out, lse, _, weights = empty_outputs(q, len(windows) + 1, apart=False, with_weights=others[-2])
+    return out, lse, weights, chosen
 
 
 @torch.library.custom_op("maha_megatron::refined_attention_backward", mutates_args=())

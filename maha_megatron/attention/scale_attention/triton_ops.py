@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from maha_megatron.attention.scale_attention.triton_joint import Call
+from maha_megatron.attention.scale_attention.triton_joint import Call, WeighedCall
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for, tuning_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 
@@ -29,10 +29,10 @@ def attend_jointly(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [t, n, d] in q's dtype and, where asked for, scale weights [t, n, L] in fp32, detached.
 
-    As `attend_jointly` of eager_joint.py, for one softmax over all scales.
+    As `attend_jointly` of eager_joint.py, of what `is_joint` says.
     """
     tuning = tuning or tuning_for(q_tnd.dtype.itemsize, capability_of(q_tnd.device))
-    out, _, weights = joint_attention(
+    out, _, _, weights = joint_attention(
         q_tnd,
         parameters.query_gain,
         parameters.key_gain,
@@ -46,6 +46,7 @@ def attend_jointly(
         list(past_slots),
         spec.rope_base,
         spec.norm_epsilon,
+        not is_one_softmax(spec),
         with_weights,
         numbers_of(tuning),
     )
@@ -57,6 +58,14 @@ def is_one_softmax(spec: MahaSpec) -> bool:
     if spec.scales == 1:
         return True
     return spec.queries == "full" and spec.joint_softmax and spec.lse_utility and spec.refine is None
+
+
+def is_joint(spec: MahaSpec) -> bool:
+    """Whether one kernel fuses all scales: into one softmax, or by weights that need none of their outputs."""
+    if spec.scales == 1:
+        return True
+    weighed = spec.joint_softmax or spec.aggregation == "mean"
+    return spec.queries == "full" and weighed and spec.refine is None
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -79,14 +88,26 @@ def joint_attention(
     past_slots: Numbers,
     rope_base: float,
     norm_epsilon: float,
+    apart: bool,
     with_weights: bool,
     tiles: Numbers,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [t, n, d], log-sum-exp [n, t] in units of log 2, and scale weights [t, n, L], empty if not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [t, n, d]; log-sum-exps [n, t] and, empty unless scales are apart, [n, L, t], in units of log 2; and scale
+    weights [t, n, L], empty if not asked for.
+    """
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
-    call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
-    out, lse, scale_lse = call.forward(with_weights)
-    return out, lse, weights_of(lse, scale_lse)
+    call = call_of(kind_of(apart), q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    return outputs_of(*call.forward(with_weights))
+
+
+def kind_of(apart: bool) -> type[Call]:
+    """Of scales that share one softmax; `apart`: that have a softmax each, and are weighed by utilities alone."""
+    return WeighedCall if apart else Call
+
+
+def outputs_of(out, lse, scale_lse, own_lse) -> tuple[torch.Tensor, ...]:
+    """What an operator returns of what a call's forward does."""
+    return out, lse, lse.new_empty(0) if own_lse is None else own_lse, weights_of(lse, scale_lse)
 
 
 def weights_of(lse: torch.Tensor, scale_lse: torch.Tensor | None) -> torch.Tensor:
@@ -96,7 +117,7 @@ def weights_of(lse: torch.Tensor, scale_lse: torch.Tensor | None) -> torch.Tenso
 
 @joint_attention.register_fake
 def _(q, query_gain, key_gain, rho, beta, document_start, keys, values, ratio, windows, past_slots, *others):
-    return empty_outputs(q, len(windows), with_weights=others[-2])
+    return empty_outputs(q, len(windows), apart=others[-3], with_weights=others[-2])
 
 
 @torch.library.custom_op("maha_megatron::joint_attention_backward", mutates_args=())
@@ -104,6 +125,7 @@ def joint_attention_backward(
     grad_out: Tensor,
     out: Tensor,
     lse: Tensor,
+    own_lse: Tensor,
     q: Tensor,
     query_gain: Tensor,
     key_gain: Tensor,
@@ -117,16 +139,17 @@ def joint_attention_backward(
     past_slots: Numbers,
     rope_base: float,
     norm_epsilon: float,
+    apart: bool,
     tiles: Numbers,
 ) -> list[Tensor]:
     """Gradients of q, of every scale's keys, then values, of query gain and key gain, and of rho and beta if given."""
     numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
-    call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
-    return in_turn(*call.backward(grad_out, out, lse))
+    call = call_of(kind_of(apart), q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
+    return in_turn(*call.backward(grad_out, out, lse, own_lse if apart else None))
 
 
 @joint_attention_backward.register_fake
-def _(grad_out, out, lse, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers):
+def _(grad_out, out, lse, own_lse, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers):
     wanted = [q, *keys, *values, query_gain, key_gain, rho, beta]
     return [x.new_empty(x.shape) for x in wanted if x is not None]
 
@@ -155,25 +178,26 @@ def of_inputs(grads: Sequence[torch.Tensor], scales: int) -> tuple:
     return grad_q, *learned, None, others[:scales], others[scales : 2 * scales]
 
 
-def empty_outputs(q: torch.Tensor, scales: int, with_weights: bool) -> tuple[torch.Tensor, ...]:
-    """Output, log-sum-exp and scale weights as an operator returns them, without content."""
+def empty_outputs(q: torch.Tensor, scales: int, *, apart: bool, with_weights: bool) -> tuple[torch.Tensor, ...]:
+    """Output, log-sum-exps and scale weights as an operator returns them, without content."""
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    return q.new_empty(q.shape), lse, lse.new_empty((*q.shape[:2], scales) if with_weights else (0,))
+    own_lse = lse.new_empty((q.shape[1], scales, q.shape[0]) if apart else (0,))
+    return q.new_empty(q.shape), lse, own_lse, lse.new_empty((*q.shape[:2], scales) if with_weights else (0,))
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, keys, values, ratio, windows, past_slots, rope_base, norm_epsilon, _, tiles = inputs
-    out, lse, weights = output
-    ctx.mark_non_differentiable(lse, weights)
-    ctx.save_for_backward(out, lse, *tensors, *keys, *values)
-    ctx.numbers = ratio, windows, past_slots, rope_base, norm_epsilon, tiles
+    *tensors, keys, values, ratio, windows, past_slots, rope_base, norm_epsilon, apart, _, tiles = inputs
+    *kept, weights = output
+    ctx.mark_non_differentiable(*kept[1:], weights)
+    ctx.save_for_backward(*kept, *tensors, *keys, *values)
+    ctx.numbers = ratio, windows, past_slots, rope_base, norm_epsilon, apart, tiles
 
 
 def _backward(ctx, grad_out: Tensor, *_) -> tuple:
-    out, lse, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
+    out, lse, own_lse, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
     scales = len(levels) // 2
-    given = (q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
-    return *of_inputs(joint_attention_backward(grad_out, out, lse, *given, *ctx.numbers), scales), *(None,) * 7
+    given = (out, lse, own_lse, q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
+    return *of_inputs(joint_attention_backward(grad_out, *given, *ctx.numbers), scales), *(None,) * 8
 
 
 joint_attention.register_autograd(_backward, setup_context=_keep)

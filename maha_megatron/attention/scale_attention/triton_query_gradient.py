@@ -4,6 +4,9 @@ With P = exp(s + c_l - LSE) rebuilt from what forward kept, delta = <dO, out> an
 
     dS_l = P (dO V' - delta)        dc_l = sum_j dS_lj        dq'_l = dS_l K'_l        dq = sum_l Rot_l' dq'_l
 
+Where every scale has a softmax of its own, which w_l weighs, P = w_l exp(s - LSE_l), every scale's delta_l = <dO, O_l>
+is found by a pass of its own over the scale's keys, and dc_l = w_l (delta_l - <dO, out>).
+
 One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's. Turned
 queries, which every tile of keys in sight needs again, are written for the second kernel.
 """
@@ -61,8 +64,8 @@ def store_turned(first, second, made, line, place, places, scale, inside, SHAPE:
 
 
 @triton.jit
-def turn_tile(lines, document, lse, line, SHAPE: tl.constexpr, HEADS: tl.constexpr):
-    """Writes queries turned for every scale, and utilities minus log-sum-exp; writes and returns 1 / their norms.
+def turn_tile(lines, document, lse, own_lse, line, SHAPE: tl.constexpr, HEADS: tl.constexpr):
+    """Writes queries turned for every scale, and utilities minus log-sum-exps; writes and returns 1 / their norms.
 
     `line`: of every line, where it lies in [n, L, t] for scale 0; a scale is t further.
     """
@@ -73,13 +76,15 @@ def turn_tile(lines, document, lse, line, SHAPE: tl.constexpr, HEADS: tl.constex
     first, second = first.to(tl.float32), second.to(tl.float32)
     norm = inverse_norm(first, second, SHAPE.epsilon, HALF)
     tl.store(made.norms + head * places.rows + row, norm, mask=inside)
-    own_lse = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
+    of_all = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
     first = first * of_heads(queries.gain, head, channel, 2 * HALF, HEADS)
     second = second * of_heads(queries.gain, head, channel + HALF, 2 * HALF, HEADS)
     for scale in tl.range(0, len(SHAPE.windows)):
-        offset = -own_lse
+        offset = -of_all
         if SHAPE.utilities:
             offset += utility(first, second, norm, queries, head, scale, HALF, HEADS)
+        if SHAPE.apart:
+            offset -= tl.load(own_lse + line, mask=inside, other=0.0)
         tl.store(made.offsets + line, offset, mask=inside)
         store_turned(first, second, made, line, row - document, places, scale, inside, SHAPE)
         line += places.rows
@@ -201,14 +206,35 @@ def store_query_gradients(
 
 @triton.jit
 def load_outputs(out, grad_out, places, made, start, row, head, SHAPE: tl.constexpr):
-    """Of every line: dO and delta, which is stored too."""
+    """Of every line: dO and delta, which is stored too where all scales share it."""
     channels, inside = tl.arange(0, 2 * SHAPE.half), row < places.rows
     grad = tl.load(at_lines(grad_out, start, row, head, channels), mask=inside[:, None], other=0.0)
     out_at = at_lines(out, start, row, head, channels)
     product = grad.to(tl.float32) * tl.load(out_at, mask=inside[:, None], other=0.0).to(tl.float32)
     delta = tl.sum(product, 1)
-    tl.store(made.delta + head * places.rows + row, delta, mask=inside)
+    if not SHAPE.apart:
+        tl.store(made.delta + head * places.rows + row, delta, mask=inside)
     return grad, delta
+
+
+@triton.jit
+def own_delta(query, grad, offset, unit, sight, keys, group, places, scale, SHAPE: tl.constexpr, KEYS: tl.constexpr):
+    """<dO, O_l> of every line, by the scale's own softmax; `offset`: -LSE_l in units of log 2."""
+    WIDTH: tl.constexpr = 2 * SHAPE.half
+    key, channels = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
+    value_offset = key[:, None] * value_stride + channels[None, :]
+    delta, end = tl.zeros_like(offset), sight[3]
+    for at in tl.range(sight[2], end, KEYS):
+        real = (key < end - at)[:, None]
+        key_at = key_base + at * WIDTH + key[:, None] * WIDTH + channels[None, :]
+        key_tile = tl.load(key_at, mask=real, other=0.0)
+        value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
+        logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
+        grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
+        weight = tl.exp2(only_seen(logits * unit[:, None] + offset[:, None], key, at, sight, KEYS))
+        delta += tl.sum(weight * grad_weight, 1)
+    return delta
 
 
 @triton.jit
@@ -287,6 +313,7 @@ def query_gradient_kernel(
     places,
     out,  # Rows
     lse,
+    own_lse,  # as of attend_kernel
     grad_out,  # Rows
     made,
     SHAPE: tl.constexpr,
@@ -301,7 +328,7 @@ def query_gradient_kernel(
     lines = (queries, places, made, start, row, head)
     first_line = (head * SCALES).to(tl.int64) * places.rows + row
     first_branch = (head * SHAPE.branches).to(tl.int64) * places.rows + row
-    norm = turn_tile(lines, document, lse, first_line, SHAPE, HEADS)
+    norm = turn_tile(lines, document, lse, own_lse, first_line, SHAPE, HEADS)
     tl.debug_barrier()  # what one thread wrote, others read
     grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
@@ -319,8 +346,17 @@ def query_gradient_kernel(
         grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
             grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
-        of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
-        grad_query, grad_utility, share = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, SHAPE.utilities)
+        of_tiles, delta_here = (offset, unit, sight, keys, group, places, scale), delta
+        if SHAPE.apart:
+            own = tl.load(own_lse + at_scale, mask=inside, other=0.0)
+            delta_here = own_delta(query, grad, -own, unit, sight, keys, group, places, scale, SHAPE, KEYS)
+            tl.store(made.delta + at_scale, delta_here, mask=inside)
+        with_sums: tl.constexpr = SHAPE.utilities and not SHAPE.apart
+        of_rows = (grad_query, query, grad, delta_here)
+        grad_query, grad_utility, share = add_query_gradient(*of_rows, *of_tiles, SHAPE, KEYS, with_sums)
+        if SHAPE.apart:
+            share = tl.where(sight[0] < sight[1], tl.exp2(offset + own), 0.0)
+            grad_utility = share * (delta_here - delta)
         if SHAPE.utilities:
             at_branch = first_branch + scale * places.rows
             tl.store(made.utility_gradients + at_branch, grad_utility, mask=inside)

@@ -1,6 +1,6 @@
 """Every scale's attention by kernels: which buffers they read and write, and in which order (triton_scales_ops.py).
 
-    forward     prepare_keys -> attend_scales_kernel
+    forward     prepare_keys -> attend_scales_kernel, or by warp groups (gluon_forward.py)
     backward    prepare_keys -> scales_query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel)
 
 Kept for backward: q, the levels, O [t, n, L, d] and LSE [t, n, L]. Every sum has a fixed order, so results are bitwise
@@ -41,17 +41,15 @@ class Given(NamedTuple):
 class Call(joint.Call):
     """One call's tensors and numbers."""
 
-    apart = True
+    apart, each = True, True
 
     def rows_of(self, outputs: torch.Tensor) -> Rows:
         """Of [t, n, L, d], the last two contiguous: a head and scale is a head of its own."""
         return Rows(outputs, outputs.stride(0), outputs.stride(2))
 
     def attention(self, keys, outs, lses, utilities) -> Launch:
-        tiles = self.tuning.forward
         tensors = (self._queries(), self._keys(keys), self._places(), self.rows_of(outs), lses, utilities)
-        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
-        return self._launch(attend_scales_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+        return self._by_groups(keys, *tensors, None) or self._portable(attend_scales_kernel, *tensors)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """O [t, n, L, d] in q's dtype, LSE [t, n, L] and, with rho, utilities [t, n, L] in fp32."""
@@ -70,9 +68,8 @@ class Call(joint.Call):
         return self._launch(scales_query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def found_by_query_gradients(self, given: Given) -> QueryGradients:
-        """As of the joint kernels, but delta too is of every scale, and gradients of utilities are given."""
+        """As of the joint kernels, but gradients of utilities are given."""
         found = self.made_by_query_gradients()
-        found = found._replace(delta=torch.empty_like(found.offsets))
         if given.grad_utilities is None:
             return found
         utilities = given.grad_utilities.permute(1, 2, 0).contiguous()

@@ -52,7 +52,7 @@ class Tuning:
         choice: of what a refined layer opens; `rows` are lines of one head each, of all heads of a KV group together.
         opened, opened_gradient: of opened keys; `rows` that opened one block.
         run: choices of a KV group, of which a row makes as many as it opens blocks, that one program of those takes.
-        groups: of the joint forward by warp groups, on Hopper cards; None: the portable kernel, with `forward`.
+        groups: of the forward by warp groups, on Hopper cards; None: the portable kernels, with `forward`.
         span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """

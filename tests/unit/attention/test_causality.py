@@ -62,14 +62,14 @@ def check_jacobian(case: Case, backend: str, *, sparse: bool = False) -> None:
 
 
 def check_changed_tokens(
-    case: Case, backend: str, rows: list[int], *, sparse: bool = False, loud: bool = False
+    case: Case, backend: str, rows: list[int], *, sparse: bool = False, loud: bool = False, device: str = "cpu"
 ) -> None:
     """Changing one row leaves every row before it, and all other documents, bitwise as they were.
 
     `loud`: with logits and utilities so large that no finite value for -inf would hide what lies behind it: the first
     head has logits of size 1e5, the second nearly infinite preference for every scale but the finest.
     """
-    values = {name: value.detach() for name, value in leaves(case, torch.float32).items()}
+    values = {name: value.detach() for name, value in leaves(case, torch.float32, device).items()}
     if loud and "query_gain" in values:
         values["query_gain"][0] *= 3e4
     if loud and "utility_bias" in values:
@@ -81,7 +81,7 @@ def check_changed_tokens(
         changed = {name: value.clone() if name in "qkv" else value for name, value in values.items()}
         for name in "qkv":
             changed[name][row] = torch.randn_like(changed[name][row])
-        same = (attend(case, changed, backend)["out"] == before).all(-1).all(-1)
+        same = (attend(case, changed, backend)["out"] == before).all(-1).all(-1).cpu()
         assert sparse or loud or not same[row]
         may_change = (starts == starts[row]) & (torch.arange(len(starts)) >= row)
         assert same[~may_change].all(), f"a change of row {row} reaches rows {(~same & ~may_change).nonzero().tolist()}"

@@ -76,6 +76,17 @@ CASES = [
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
     ),
     pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
+    pytest.param(
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), lse_utility=False)),
+        1,
+        id="ratio 3, no LSE",
+    ),
+    pytest.param(
+        Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1), lse_utility=False)),
+        1,
+        marks=full,
+        id="8 scales, no LSE",
+    ),
     *(
         pytest.param(Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**options)), 2, id=name, marks=() if often else full)
         for name, options, often in FUSED
@@ -122,18 +133,27 @@ def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
 
 GAME_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**GAME))
 NO_LSE_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(lse_utility=False))
-WIDE_CASE = Case(lengths=(700, 301), n=4, g=1, d=128, spec=spec(windows=(128, 112, 124, 64)))
+WIDE_CASES = [
+    pytest.param(
+        Case(lengths=(330, 1, 101), n=4, g=g, d=width, spec=spec(windows=(128, 112, 124, 64), **options)),
+        0,
+        marks=pytest.mark.gpu,
+        id=f"wide, {name}, {width} channels, {g} groups",
+    )
+    for name, options, _ in [("one softmax", {}, True), *FUSED]
+    for width, g in ((64, 4), (128, 2))
+    if name in ("one softmax", "no LSE", "quadratic", "gram", "nash")
+]
 
 
 @pytest.mark.parametrize(
     ("case", "heads"),
     [
-        (PACKED_CASE, 2),
-        (GAME_CASE, 2),
-        pytest.param(NO_LSE_CASE, 2, marks=full),
-        pytest.param(WIDE_CASE, 0, marks=pytest.mark.gpu),
+        pytest.param(PACKED_CASE, 2, id="packed"),
+        pytest.param(GAME_CASE, 2, id="a game"),
+        pytest.param(NO_LSE_CASE, 2, id="no LSE"),
+        *WIDE_CASES,
     ],
-    ids=["packed", "a game", "no LSE", "wide"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
 def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, dtype):
@@ -144,15 +164,16 @@ def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, heads, d
     assert {name: error for name, error in found.items() if not error <= 2 * finer * plain[name]} == {}, plain
 
 
-@pytest.mark.parametrize("options", [{}, GAME], ids=["joint", "a game"])
+@pytest.mark.parametrize("options", [{}, {"lse_utility": False}, GAME], ids=["joint", "no LSE", "a game"])
 def test_two_runs_are_bitwise_equal(options):
     case = Case(lengths=(5, 32), n=2, g=1, d=32, spec=spec(windows=(20, 7), **options))
     first, second = (run(case, leaves(case, torch.float32, DEVICE), kernels(2)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_weights_are_written_when_asked_for_only():
-    case = Case(lengths=(9,), n=1, g=1, d=32, spec=spec(windows=(5, 2)))
+@pytest.mark.parametrize("lse_utility", [True, False])
+def test_weights_are_written_when_asked_for_only(lse_utility):
+    case = Case(lengths=(9,), n=1, g=1, d=32, spec=spec(windows=(5, 2), lse_utility=lse_utility))
     values = leaves(case, torch.float32, DEVICE)
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     start_t = documents_of(case, DEVICE).start_t
@@ -169,13 +190,19 @@ def test_weights_are_written_when_asked_for_only():
     [
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {}, id="packed"),
         pytest.param((107,), (0, 100, 101, 107), (64, 32, 11), {}, marks=full, id="a past of several tiles of keys"),
+        pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"lse_utility": False}, id="no LSE"),
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME, id="a game"),
     ],
 )
 def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows, options):
     case = Case(lengths=lengths, n=2, g=1, d=32, spec=MahaSpec(ratio=3, windows=windows, **options))
+    assert wrong(in_pieces(case, cuts), reference(case), 3e-6) == {}
+
+
+def in_pieces(case: Case, cuts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """As `run`, by pieces of rows from one cut to the next, the first of which is 0 and the last behind all rows."""
     values = leaves(case, torch.float32, DEVICE)
-    sizes = {"streams": 1, "n": 2, "g": 1, "d": 32, "dtype": torch.float32, "device": DEVICE}
+    sizes = {"streams": 1, "n": case.n, "g": case.g, "d": case.d, "dtype": torch.float32, "device": DEVICE}
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
     state, starts, pieces = MahaState.initial(case.spec, **sizes), documents_of(case, DEVICE).start_t, []
     for first, stop in itertools.pairwise(cuts):
@@ -185,7 +212,7 @@ def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, 
         pieces.append(maha_attention(*rows, piece_starts, parameters, case.spec, **options))
         state = pieces[-1].state
     out, weights = (torch.cat([getattr(x, name) for x in pieces]) for name in ("out_tnd", "scale_weights_tnl"))
-    assert wrong(with_gradients(out, weights, values), reference(case), 3e-6) == {}
+    return with_gradients(out, weights, values)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ TILES = Tiles(rows=32, keys=16)
 SMALL = Tuning(keys=TILES, forward=TILES, query_gradient=TILES, key_gradient=TILES)
 
 
-def attention_inputs(with_weights: bool, utilities: bool = True) -> tuple:
+def attention_inputs(with_weights: bool, utilities: bool = True, apart: bool = False) -> tuple:
     values = leaves(CASE, torch.float32, DEVICE)
     start_t = documents_of(CASE, DEVICE).start_t
     keys, levels = values["k"], [values["v"]]
     coarse = [torch.randn(5, 1, 32, device=DEVICE).requires_grad_() for _ in range(2)]
     learned = [values[name] for name in ("utility_query", "utility_bias")] if utilities else [None, None]
     gains = [values[name] for name in ("query_gain", "key_gain")]
-    numbers = (4, [9, 5], [0, 0], 10000.0, 1e-6, with_weights, numbers_of(SMALL))
+    numbers = (4, [9, 5], [0, 0], 10000.0, 1e-6, apart, with_weights, numbers_of(SMALL))
     return (values["q"], *gains, *learned, start_t, [keys, coarse[0]], [*levels, coarse[1]], *numbers)
 
 
@@ -65,23 +65,26 @@ def pyramid_inputs(downsampling: str, past: bool) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("asked", "utilities"),
+    ("asked", "utilities", "apart"),
     [
-        (True, True),
-        pytest.param(False, True, marks=pytest.mark.full),
-        pytest.param(True, False, marks=pytest.mark.full),
+        (True, True, False),
+        (True, True, True),
+        pytest.param(False, True, False, marks=pytest.mark.full),
+        pytest.param(True, False, False, marks=pytest.mark.full),
+        pytest.param(False, False, True, marks=pytest.mark.full),
     ],
 )
-def test_joint_attention_is_a_well_formed_operator(asked, utilities):
-    torch.library.opcheck(triton_ops.joint_attention, attention_inputs(asked, utilities))
+def test_joint_attention_is_a_well_formed_operator(asked, utilities, apart):
+    torch.library.opcheck(triton_ops.joint_attention, attention_inputs(asked, utilities, apart))
 
 
-def test_the_backward_of_joint_attention_is_a_well_formed_operator():
-    *inputs, _, tiles = attention_inputs(True)
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_backward_of_joint_attention_is_a_well_formed_operator(apart):
+    *inputs, _, tiles = attention_inputs(True, apart=apart)
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     inputs[6:8] = [[x.detach() for x in level] for level in inputs[6:8]]
-    out, lse, _ = triton_ops.joint_attention(*inputs, True, tiles)
-    torch.library.opcheck(triton_ops.joint_attention_backward, (torch.ones_like(out), out, lse, *inputs, tiles))
+    *kept, _ = triton_ops.joint_attention(*inputs, True, tiles)
+    torch.library.opcheck(triton_ops.joint_attention_backward, (torch.ones_like(kept[0]), *kept, *inputs, tiles))
 
 
 @pytest.mark.parametrize("past", [False, pytest.param(True, marks=pytest.mark.full)], ids=["whole", "piece"])
@@ -94,8 +97,8 @@ def test_the_convolution_is_made_of_well_formed_operators(past):
 
 
 def scales_inputs(utilities: bool = True) -> tuple:
-    """As of joint attention, but for whether weights are asked for."""
-    *inputs, _, tiles = attention_inputs(False, utilities)
+    """As of joint attention, but for whether scales are apart and weights asked for."""
+    *inputs, _, _, tiles = attention_inputs(False, utilities)
     return *inputs, tiles
 
 

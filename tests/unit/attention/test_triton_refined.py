@@ -28,8 +28,7 @@ from tests.support.attention import (
     wrong,
 )
 from tests.unit.attention.test_causality import check_changed_tokens
-from tests.unit.attention.test_state import in_pieces
-from tests.unit.attention.test_triton import exact, run, with_gradients
+from tests.unit.attention.test_triton import exact, in_pieces, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 full, gpu = pytest.mark.full, pytest.mark.gpu
@@ -170,18 +169,26 @@ def test_two_runs_are_bitwise_equal():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tokens", [[20, 33], pytest.param(list(range(0, 47, 3)), marks=full)], ids=["few", "many"])
-def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(tokens):
-    case = Case(lengths=(26, 1, 20), n=2, g=1, d=32, spec=dataclasses.replace(spec(), convolution=True))
-    check_changed_tokens(case, "triton", tokens)
+MIXED = dataclasses.replace(spec(), convolution=True)
+MIXED_CASE = Case(lengths=(26, 1, 20), n=2, g=1, d=32, spec=MIXED)
 
 
-@pytest.mark.parametrize("cuts", [(31, 32), pytest.param((5, 17, 40), marks=full)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "tokens"),
+    [
+        pytest.param(MIXED_CASE, [20, 33], id="few"),
+        pytest.param(MIXED_CASE, list(range(0, 47, 3)), marks=full, id="many"),
+        *(pytest.param(case, list(range(1, 450, 40)), marks=gpu, id=str(case)) for case in WIDE_CASES),
+    ],
+)
+def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(case, tokens):
+    check_changed_tokens(case, "triton", tokens, device=DEVICE)
+
+
+@pytest.mark.parametrize("cuts", [(0, 31, 32, 53), pytest.param((0, 5, 17, 40, 53), marks=full)], ids=str)
 def test_pieces_equal_one_pass_and_gradients_cross_their_borders(cuts):
-    case = Case(lengths=(39, 14), n=2, g=1, d=32, spec=dataclasses.replace(spec(), convolution=True))
-    values = leaves(case, torch.float32)
-    found, _ = in_pieces(case, values, cuts, "triton")
-    assert wrong(with_gradients(found["out"], found["weights"], values), reference(case), 3e-6) == {}
+    case = Case(lengths=(39, 14), n=2, g=1, d=32, spec=MIXED)
+    assert wrong(in_pieces(case, cuts), reference(case), 3e-6) == {}
 
 
 SMALL_CASE = Case(lengths=(4, 21), n=2, g=1, d=32, spec=spec())

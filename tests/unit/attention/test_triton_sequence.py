@@ -21,6 +21,8 @@ SMALL = Tuning(keys=TILES, forward=TILES, query_gradient=TILES, key_gradient=TIL
 CASES = {
     "gated": CASE,
     "conv": dataclasses.replace(CASE, spec=dataclasses.replace(SPEC, downsampling="conv")),
+    "no LSE": dataclasses.replace(CASE, spec=dataclasses.replace(SPEC, lse_utility=False)),
+    "equal weights": dataclasses.replace(CASE, spec=dataclasses.replace(SPEC, aggregation="mean")),
     "one scale": dataclasses.replace(CASE, spec=dataclasses.replace(SPEC, windows=(17,))),
 }
 
@@ -55,29 +57,34 @@ def test_every_output_and_gradient_equals_the_reference(name):
         torch.testing.assert_close(ours[key].double().cpu(), value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
 
 
-def operator_inputs() -> tuple:
+def operator_inputs(apart: bool) -> tuple:
     case = Case(lengths=(6, 11), n=2, g=1, d=32, spec=dataclasses.replace(SPEC, windows=(9, 5)))
     values = leaves(case, torch.float32, DEVICE)
     learned = [values["gate_query"], values["gate_bias"]]
     tensors = (*(values[name] for name in "qkv"), documents_of(case, DEVICE).start_t, learned)
     names = ("query_gain", "key_gain", "utility_query", "utility_bias")
-    numbers = ("gated", 4, [9, 5], SPEC.rope_base, SPEC.norm_epsilon, True, numbers_of(SMALL))
+    numbers = ("gated", 4, [9, 5], SPEC.rope_base, SPEC.norm_epsilon, apart, True, numbers_of(SMALL))
     return *tensors, *(values[name] for name in names), *numbers
 
 
-def test_it_is_made_of_well_formed_operators():
-    inputs = operator_inputs()
+@pytest.mark.parametrize("apart", [False, True])
+def test_it_is_made_of_well_formed_operators(apart):
+    inputs = operator_inputs(apart)
     torch.library.opcheck(triton_sequence.sequence_attention, inputs)
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     inputs[4] = [x.detach() for x in inputs[4]]
-    out, lse, _ = triton_sequence.sequence_attention(*inputs)
+    *kept, _ = triton_sequence.sequence_attention(*inputs)
     *tensors_and_numbers, _, tiles = inputs
-    given = (torch.ones_like(out), out, lse, *tensors_and_numbers, tiles)
+    given = (torch.ones_like(kept[0]), *kept, *tensors_and_numbers, tiles)
     torch.library.opcheck(triton_sequence.sequence_attention_backward, given)
 
 
-def test_backward_keeps_what_dense_attention_keeps():
-    """q, k, v, the output and one number per row and head; learned tensors aside, which are there anyway."""
+@pytest.mark.parametrize(("lse_utility", "numbers"), [(True, 1), (False, 1 + SPEC.scales)])
+def test_backward_keeps_what_dense_attention_keeps(lse_utility, numbers):
+    """q, k, v, the output and one number per row and head, without LSE one more a scale; learned tensors aside, which
+    are there anyway.
+    """
+    spec = dataclasses.replace(SPEC, lse_utility=lse_utility)
     values, start_t = leaves(CASE, torch.bfloat16, DEVICE), documents_of(CASE, DEVICE).start_t
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(CASE)})
     kept: dict[int, int] = {}
@@ -88,9 +95,9 @@ def test_backward_keeps_what_dense_attention_keeps():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         rows = (values["q"], values["k"], values["v"], start_t)
-        out = maha_attention(*rows, parameters, SPEC, backend="triton").out_tnd
+        out = maha_attention(*rows, parameters, spec, backend="triton").out_tnd
     for name in parameter_specs(CASE):
         kept.pop(values[name].untyped_storage().data_ptr(), None)
     kept.pop(start_t.untyped_storage().data_ptr(), None)
-    dense = sum(x.nbytes for x in (*rows[:3], out)) + 4 * out.shape[0] * out.shape[1]
+    dense = sum(x.nbytes for x in (*rows[:3], out)) + 4 * numbers * out.shape[0] * out.shape[1]
     assert sum(kept.values()) == dense

@@ -15,8 +15,14 @@ from maha_megatron.attention.spec import MahaSpec
 from maha_megatron.scales import slot_count, stride
 
 triton_joint = pytest.importorskip("maha_megatron.attention.scale_attention.triton_joint")
+triton_scales = pytest.importorskip("maha_megatron.attention.scale_attention.triton_scales")
 gluon_launch = pytest.importorskip("maha_megatron.attention.scale_attention.gluon_launch")
 attend_kernel = triton_joint.attend_kernel
+KINDS = {
+    "one softmax": (triton_joint.Call, attend_kernel),
+    "weighed": (triton_joint.WeighedCall, attend_kernel),
+    "scale by scale": (triton_scales.Call, triton_scales.attend_scales_kernel),
+}
 
 TUNING = tuning_for(2, (9, 0))
 WINDOWS = (128, 112, 124, 64)
@@ -32,7 +38,7 @@ def projected(rows: int, *heads: int, width: int = 64, gap: int = 0, dtype: torc
     return whole.unflatten(1, (-1, width)).split(heads, dim=1)
 
 
-def call_of(q, k, v, *, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None):
+def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None):
     past_slots, g, width = past_slots or (0,) * len(windows), k.shape[1], k.shape[2]
     levels = [(k, v)]
     for scale in range(1, len(windows)):
@@ -41,14 +47,18 @@ def call_of(q, k, v, *, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None
     scales, n = len(windows), q.shape[1]
     learned = (empty(n, width), empty(g, width), empty(scales, n, width), empty(scales, n))
     spec = MahaSpec(ratio=ratio, windows=windows, convolution=False)
-    return triton_joint.Call(q, *learned, empty(len(q), dtype=torch.int64), spec, past_slots, tuning, levels)
+    return kind(q, *learned, empty(len(q), dtype=torch.int64), spec, past_slots, tuning, levels)
 
 
 def launch_of(call, *, with_weights: bool = False):
     keys = empty(call.g, sum(call.entries), call.d, dtype=call.q.dtype)
     out, lse = empty(*call.q.shape, dtype=call.q.dtype), empty(call.n, call.rows, dtype=torch.float32)
-    scale_lse = empty(call.rows, call.n, call.spec.scales, dtype=torch.float32) if with_weights else None
-    return call.attention(keys, out, lse, scale_lse)
+    of_scales = empty(call.rows, call.n, call.spec.scales, dtype=torch.float32)
+    if call.each:
+        outs = empty(call.rows, call.n, call.spec.scales, call.d, dtype=call.q.dtype)
+        return call.attention(keys, outs, of_scales, of_scales)
+    own_lse = of_scales.permute(1, 2, 0).contiguous() if call.apart else None
+    return call.attention(keys, out, lse, of_scales if with_weights else None, own_lse)
 
 
 @pytest.fixture
@@ -102,12 +112,19 @@ def test_the_table_has_warp_groups_for_hopper_in_16_bits_only():
 
 
 @pytest.mark.usefixtures("as_compiled")
-def test_what_the_kernel_does_not_serve_goes_to_the_portable_one():
+@pytest.mark.parametrize(("kind", "portable"), KINDS.values(), ids=KINDS)
+def test_what_the_kernel_does_not_serve_goes_to_the_portable_one(kind, portable):
     q, k, v = projected(100, 4, 2, 2)
-    assert launch_of(call_of(q, k, v)).kernel is gluon_launch.attend_by_groups_kernel
-    assert launch_of(call_of(q.transpose(0, 1).contiguous().transpose(0, 1), k, v)).kernel is attend_kernel
-    assert launch_of(call_of(q, k, empty(1, 2, 64).expand(100, -1, -1))).kernel is attend_kernel
-    assert launch_of(call_of(*projected(100, 4, 2, 2, width=32))).kernel is attend_kernel
+    launch = launch_of(call_of(q, k, v, kind=kind))
+    assert launch.kernel is gluon_launch.attend_by_groups_kernel
+    assert launch.arguments["SIZES"].each == (kind is triton_scales.Call)
+    assert launch.arguments["SHAPE"].apart == (kind is not triton_joint.Call)
+    for given in (
+        (q.transpose(0, 1).contiguous().transpose(0, 1), k, v),
+        (q, k, empty(1, 2, 64).expand(100, -1, -1)),
+        projected(100, 4, 2, 2, width=32),
+    ):
+        assert launch_of(call_of(*given, kind=kind)).kernel is portable
 
 
 def test_interpreted_kernels_are_the_portable_ones(monkeypatch):
@@ -147,7 +164,7 @@ def test_rows_and_heads_of_a_program_cover_all_once(n, g, wanted, heads):
     tuning = dataclasses.replace(TUNING, groups=GroupTiles(heads=wanted))
     launch = launch_of(call_of(*projected(200, n, g, g), tuning=tuning))
     sizes = launch.arguments["SIZES"]
-    assert sizes == GroupSizes(heads=heads, stages=4)
+    assert sizes == GroupSizes(heads=heads, stages=4, each=False)
     tiles, seen = -(-200 // sizes.rows), []
     work = tiles * (n // sizes.heads)
     for number in range(work):
@@ -163,22 +180,24 @@ def test_rows_and_heads_of_a_program_cover_all_once(n, g, wanted, heads):
 
 
 def test_a_program_has_128_rows_of_one_head_or_64_of_two():
-    assert [GroupSizes(heads=heads, stages=4).rows for heads in (1, 2)] == [128, 64]
+    assert [GroupSizes(heads=heads, stages=4, each=False).rows for heads in (1, 2)] == [128, 64]
     with pytest.raises(AssertionError):
         GroupTiles(heads=4)
 
 
 @pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=KINDS)
 @pytest.mark.parametrize("scales", [1, 8])
 @pytest.mark.parametrize("with_weights", [False, True])
-def test_the_kernel_is_given_every_argument_and_a_descriptor_of_every_scale(scales, with_weights):
+def test_the_kernel_is_given_every_argument_and_a_descriptor_of_every_scale(scales, with_weights, kind):
     past_slots = (16,) * scales
     q, (k, v) = projected(40, 4, 2, 2)[0], projected(56, 2, 2, width=64)
     launch = launch_of(
-        call_of(q, k, v, windows=(16,) * scales, ratio=3, past_slots=past_slots), with_weights=with_weights
+        call_of(q, k, v, kind=kind, windows=(16,) * scales, ratio=3, past_slots=past_slots), with_weights=with_weights
     )
     assert launch.arguments.keys() == set(launch.kernel.arg_names)
-    assert (launch.arguments["scale_lse"] is not None) == with_weights
+    assert (launch.arguments["scale_lse"] is not None) == (with_weights or kind is triton_scales.Call)
+    assert (launch.arguments["own_lse"] is not None) == (kind is triton_joint.WeighedCall)
     values = [launch.arguments[f"value_{scale}"] for scale in range(8)]
     assert [x is None for x in values] == [scale >= scales for scale in range(8)]
     for scale, described in enumerate(values[:scales]):
