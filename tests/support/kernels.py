@@ -94,8 +94,10 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
         "max": (),
     }.items():
         pyramid = triton_levels.Call(method, 4, start, learned_here, levels[0][0], (0,) * len(windows))
-        pyramids[f"pooling, {method}"] = pyramid.pooling(1, levels[0], levels[1])
-        pyramids[f"pooling gradients, {method}"] = pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0]
+        (walk,) = pyramid.walks()
+        pyramids[f"pooling, {method}"] = pyramid.pooling(walk, levels)
+        of_gradient = (levels, levels, pyramid.empty_parts(walk))
+        pyramids[f"pooling gradients, {method}"] = pyramid.gradient(walk, levels, *of_gradient)
     of_rows, past, taps = (q, *levels[0]), empty(4, n + 2 * g, width, kind=dtype), empty((n + 2 * g) * width, 3)
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
@@ -104,7 +106,6 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
     parts_of = (found.learned_parts, made.gain_parts)
-    sums_of = [x[0] for x in parts_of]
     of_scales = single.found_by_query_gradients(given)
     by_scale = {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
@@ -126,7 +127,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
-            "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
+            "parts added up": triton_sums.adding_up((x[None], x[:1]) for x in parts_of),
         }
     )
 

@@ -1,5 +1,6 @@
 """What the kernels of joint attention are given, grouped: tensors with their strides, and what is compiled in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,10 @@ class Scales(NamedTuple):
     tensors: tuple[torch.Tensor, ...]
     entry_strides: tuple[int, ...]
     group_strides: tuple[int, ...]
+
+
+def of_scales(tensors: Sequence[torch.Tensor]) -> Scales:
+    return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
 
 
 class Keys(NamedTuple):

@@ -10,7 +10,7 @@ prepared keys, are those of a few groups. Every sum has a fixed order, so result
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -23,8 +23,8 @@ from maha_megatron.attention.scale_attention.triton_arguments import (
     Queries,
     QueryGradients,
     Rows,
-    Scales,
     Shape,
+    of_scales,
 )
 from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
@@ -245,7 +245,8 @@ class Call:
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
-        adding_up(zip((found.learned_parts, made.gain_parts), sums, strict=True)).run()
+        parts = (found.learned_parts, made.gain_parts)
+        adding_up((part[None], whole[None]) for part, whole in zip(parts, sums, strict=True)).run()
 
     def _learned_gradients(self, of_queries: torch.Tensor, of_keys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of query gain, key gain, rho and beta: from the sums of `learned_parts` and of the keys' `gain_parts`."""
@@ -278,7 +279,3 @@ def _gluon_launch() -> ModuleType | None:
 
 def of_rows(x: torch.Tensor) -> Rows:
     return Rows(x, x.stride(0), x.stride(1))
-
-
-def of_scales(tensors: Sequence[torch.Tensor]) -> Scales:
-    return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
