@@ -84,8 +84,9 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
     of_call, portable = (q, *learned, start, spec, (0,) * len(windows)), dataclasses.replace(tuning, groups=None)
     call = triton_joint.Call(*of_call, tuning, levels)
-    keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
-    made = call.made_by_key_gradients(level_keys, level_values)
+    keys, lse, parts_of = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.empty_parts(1)
+    found = call.made_by_query_gradients(q, parts_of[0][0])
+    made = call.made_by_key_gradients(level_keys, level_values, parts_of[1][0])
     pyramids = {}
     for method, learned_here in {
         "gated": (empty(3, 2, g, width), empty(3, 2, g, 4)),
@@ -94,9 +95,11 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
         "max": (),
     }.items():
         pyramid = triton_levels.Call(method, 4, start, learned_here, levels[0][0], (0,) * len(windows))
-        (walk,) = pyramid.walks()
+        (walk,) = pyramid.walks
         pyramids[f"pooling, {method}"] = pyramid.pooling(walk, levels)
-        of_gradient = (levels, levels, pyramid.empty_parts(walk))
+        of_preparation = (call.preparation_into(keys), call.shape())
+        pyramids[f"pooling and preparation, {method}"] = pyramid.pooling(walk, levels, *of_preparation)
+        of_gradient = (levels, levels, [part[0] for part in pyramid.empty_parts()])
         pyramids[f"pooling gradients, {method}"] = pyramid.gradient(walk, levels, *of_gradient)
     of_rows, past, taps = (q, *levels[0]), empty(4, n + 2 * g, width, kind=dtype), empty((n + 2 * g) * width, 3)
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
@@ -105,8 +108,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     single = triton_scales.Call(*of_call, tuning, levels)
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
-    parts_of = (found.learned_parts, made.gain_parts)
-    of_scales = single.found_by_query_gradients(given)
+    of_scales = single.found_by_query_gradients(given, q, parts_of[0][0])
     by_scale = {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
         "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
@@ -127,7 +129,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "query gradients": call.query_gradients(keys, q, lse, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
-            "parts added up": triton_sums.adding_up((x[None], x[:1]) for x in parts_of),
+            "parts added up": triton_sums.adding_up((part, part[:, 0]) for part in parts_of),
         }
     )
 

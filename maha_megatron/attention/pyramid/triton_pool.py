@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from maha_megatron.attention.scale_attention.triton_arguments import Scales
+from maha_megatron.attention.scale_attention.triton_keys import prepare_entries
 from maha_megatron.attention.triton_slots import first_slot, slot_count, stride_of
 
 
@@ -52,7 +53,7 @@ class Walk:
         past_slots: of every scale, entries in front of slot 0.
         finest, coarsest: scales of one launch, which makes all from `finest` + 1 on.
         entries: of the finest scale in a program; as many as whole coarsest blocks have.
-        tiles: of every scale, slots that are pooled at once.
+        tiles: of every scale, slots that are pooled at once; of the finest, keys that are prepared at once.
         children: of a slot in a tile, the next power of 2 from the ratio.
     """
 
@@ -195,16 +196,32 @@ def pool_scale(levels, learned, pieces, kind, group, begin, end, scale: tl.const
 
 
 @triton.jit
+def prepare_scale(levels, to, kind, group, begin, end, scale: tl.constexpr, WALK: tl.constexpr, SHAPE: tl.constexpr):
+    """Prepared keys of a program's slots of one scale."""
+    TILES: tl.constexpr = WALK.tiles
+    stop = tl.where(kind == 0, first_slot(end, WALK.ratio, scale), 0)
+    for at in tl.range(tl.maximum(first_slot(begin, WALK.ratio, scale), 0), stop, TILES[scale]):
+        entry = at + tl.arange(0, TILES[scale])
+        prepare_entries(levels.of_keys, to, entry, (entry < stop)[:, None], group, scale, SHAPE)
+
+
+@triton.jit
 def pool_kernel(
     levels,  # Pair; all scales from finest + 1 on are written
     learned,  # of all scales: query [L-1, 2, g, d] and bias [L-1, 2, g, r]; kernel [L-1, 2, g, d, r]; nothing
     pieces,
+    to,  # Preparation of keys, which have no past; or None
     WALK: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     _number, kind, group, begin, end = locate_program(pieces, WALK)
     for scale in tl.static_range(WALK.finest + 1, WALK.coarsest + 1):
         pool_scale(levels, learned, pieces, kind, group, begin, end, scale, WALK)
+        if SHAPE is not None and (scale > WALK.finest + 1 or WALK.finest == 0):  # else another launch's coarsest
+            prepare_scale(levels, to, kind, group, begin, end, scale - 1, WALK, SHAPE)
         tl.debug_barrier()  # what one thread wrote, others read
+    if SHAPE is not None:
+        prepare_scale(levels, to, kind, group, begin, end, WALK.coarsest, WALK, SHAPE)
 
 
 @triton.jit

@@ -54,6 +54,19 @@ class Keys(NamedTuple):
     raw_values: Scales
 
 
+class Preparation(NamedTuple):
+    """What prepared keys are made with, beside raw ones: Places, and gain [g, d]; `prepared` [g, `total` entries, d] is
+    written. Flat, as Triton loses a number of rows that is 1 in a tuple of a tuple.
+    """
+
+    document_start: torch.Tensor
+    frequency: torch.Tensor
+    rows: int
+    gain: torch.Tensor
+    prepared: torch.Tensor
+    total: int
+
+
 class QueryGradients(NamedTuple):
     """What the first kernel of backward writes, for the heads that it was given.
 

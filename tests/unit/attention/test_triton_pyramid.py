@@ -81,10 +81,8 @@ def test_many_programs_and_launches_are_as_good_as_one(monkeypatch, ratio, scale
     monkeypatch.setattr(triton_levels, "_ENTRIES", 8)
     of_call = spec(ratio=ratio, windows=(40, 20, 9, 7, 5)[:scales])
     case = Case(lengths=(*SHORT, 33, 1, 1, 50), n=1, g=1, d=32, spec=of_call)
-    walks = triton_levels.Call(
-        "gated", ratio, start_rows(case.lengths), (), torch.empty(1, 1, 32), (0,) * scales
-    ).walks()
-    assert len(walks) > 1
+    call = triton_levels.Call("gated", ratio, start_rows(case.lengths), (), torch.empty(1, 1, 32), (0,) * scales)
+    assert len(call.walks) > 1
     found = run(case, leaves(case, torch.float32, DEVICE), triton.build_pyramid, offset)
     assert wrong(found, exact(case, torch.float32, offset), 1e-6) == {}
 
