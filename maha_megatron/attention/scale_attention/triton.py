@@ -20,7 +20,7 @@ from maha_megatron.attention.aggregation.eager import aggregate as eager_aggrega
 from maha_megatron.attention.aggregation.triton import aggregate
 from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.scale_attention.triton_opened_ops import attend_opening
-from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_joint, is_one_softmax
+from maha_megatron.attention.scale_attention.triton_ops import attend_jointly, is_joint
 from maha_megatron.attention.scale_attention.triton_scales_ops import attend_scales
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
@@ -78,7 +78,7 @@ _MOST = {"blocks": 16, "children": 64, "heads": 16, "branches": 8}
 
 
 def _unserved_refinement(q_tnd: torch.Tensor, groups: int, spec: MahaSpec) -> str | None:
-    if not is_one_softmax(dataclasses.replace(spec, refine=None)):
+    if not (spec.joint_softmax and spec.lse_utility):
         return "opened blocks (a refined layer) with this aggregation"
     sizes = {
         "blocks": spec.refine.blocks,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.pyramid import eager as pyramid
+from maha_megatron.attention.pyramid import triton as pyramid_kernels
 from maha_megatron.attention.scale_attention import naive, triton, triton_choice, triton_opened, triton_opened_ops
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec, Refinement
@@ -133,8 +134,10 @@ WIDE_CASES = [
 
 @pytest.mark.parametrize(
     ("case", "attention"),
-    [(PACKED_CASE, kernels), *(pytest.param(case, triton.attend, marks=gpu) for case in WIDE_CASES)],
-    ids=str,
+    [
+        pytest.param(PACKED_CASE, kernels, id=str(PACKED_CASE)),
+        *(pytest.param(case, triton.attend, marks=gpu, id=str(case)) for case in WIDE_CASES),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str)
 def test_in_16_bit_at_most_twice_as_far_from_exact_as_plain_torch(case, attention, dtype):
@@ -211,13 +214,18 @@ def test_its_backward_is_a_well_formed_operator():
 def whole(values: dict[str, torch.Tensor], start_t: torch.Tensor) -> torch.Tensor:
     case = SMALL_CASE
     parameters = AttentionParameters(**{name: values[name] for name in parameter_specs(case)})
-    levels = pyramid.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
+    levels = pyramid_kernels.build_pyramid((values["k"], values["v"]), start_t, parameters, case.spec)
     return triton.attend(values["q"], levels, start_t, parameters, case.spec, with_weights=False).out_tnd
 
 
-def test_recomputed_it_is_the_same():
+@pytest.mark.parametrize("how", ["recomputed", pytest.param("compiled", marks=full)])
+def test_recomputed_and_compiled_as_one_graph_it_is_the_same(how):
     values, start_t = leaves(SMALL_CASE, torch.float32, DEVICE), documents_of(SMALL_CASE, DEVICE).start_t
-    out, expected = checkpoint(whole, values, start_t, use_reentrant=False), whole(values, start_t)
+    if how == "compiled":
+        out = torch.compile(whole, backend="aot_eager", fullgraph=True)(values, start_t)
+    else:
+        out = checkpoint(whole, values, start_t, use_reentrant=False)
+    expected = whole(values, start_t)
     assert torch.equal(out, expected)
     wrt = list(values.values())
     grads, wanted = (torch.autograd.grad(x.sum(), wrt, materialize_grads=True) for x in (out, expected))
