@@ -1,6 +1,7 @@
 """bf16 with fp32 accumulation and reduction: no ZeRO stage and no accumulation changes what the weights are told."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,12 @@ def difference(run: dict[str, Any], other: dict[str, Any]) -> float:
     return float((flat(run) - flat(other)).norm() / flat(other).norm())
 
 
-@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize(
+    ("stage", "accumulation"),
+    everyday(
+        itertools.product(STAGES[1:], ACCUMULATIONS), lambda stage, accumulation: stage == 3 or accumulation == 16
+    ),
+)
 def test_stages_agree(run_of: Callable, stage: int, accumulation: int) -> None:
     one, other = run_of(1, accumulation), run_of(stage, accumulation)
     assert other["norm"] == pytest.approx(one["norm"], rel=1e-6)
@@ -66,7 +71,7 @@ def test_stages_agree(run_of: Callable, stage: int, accumulation: int) -> None:
     assert other["losses"] == pytest.approx(one["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", everyday(STAGES, lambda stage: stage != 2))
 def test_accumulation_in_fp32_costs_one_rounding_only(run_of: Callable, stage: int) -> None:
     once, often = run_of(stage, 1), run_of(stage, 16)
     assert often["norm"] == pytest.approx(once["norm"], rel=1e-4)

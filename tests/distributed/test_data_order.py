@@ -23,7 +23,7 @@ from tests.support.distributed import run_ranks
 from tests.support.runs import (
     ROOT,
     corpus,  # noqa: F401 (a fixture)
-    tool,
+    forked,
     write_config,
 )
 
@@ -85,7 +85,7 @@ def config(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytes
     """A mixture of two sources that crosses epochs, with a skipped range."""
     folder = tmp_path_factory.mktemp(request.param)
     path = write_config(corpus, folder / "tiny.yaml", folder / "run")
-    tool(
+    forked(
         *("data_prep/split.py", "--input", corpus / "text_text_document", "--output-prefix", folder / "part"),
         *("--shares", 30, 1),
     )
@@ -135,7 +135,7 @@ def test_a_traced_run_consumes_what_is_explained(
 
 
 def test_explain_tells_source_place_and_text(config: Path) -> None:
-    said = json.loads(tool("tools/data.py", "explain", "--config", config, "--step", 2, "--json").splitlines()[-1])
+    said = json.loads(forked("tools/data.py", "explain", "--config", config, "--step", 2, "--json").splitlines()[-1])
     assert [sample["number"] for sample in said["samples"]] == [8, 9, 10, 11, 12, 18, 19, 20]
     pairs = {Path(sample["source"]).name for sample in said["samples"]}
     assert pairs == {"part_0", "part_1"}
@@ -149,6 +149,6 @@ def test_explain_tells_source_place_and_text(config: Path) -> None:
             tokens = pair.document(part["document"])[part["offset"] :][: len(part["tokens"])]
             assert np.array_equal(tokens, part["tokens"])
             assert part["text"] == tokenizer.decode(tokens.tolist())
-    shown = tool("tools/data.py", "explain", "--config", config, "--step", 2)
+    shown = forked("tools/data.py", "explain", "--config", config, "--step", 2)
     assert "sample 18: " in shown
     assert "sample 13: " not in shown

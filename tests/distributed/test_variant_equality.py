@@ -15,6 +15,7 @@ VARIANTS = {
 TOPOLOGIES = {
     "ZeRO 3, accumulation 2": {"zero__stage": 3, "train__micro_batch_samples": 2},
     "TP 2 + SP, ZeRO 1": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 1},
+    "TP 2 + SP, ZeRO 3": {"parallel__tensor": 2, "parallel__sequence": True, "zero__stage": 3},
 }
 
 

@@ -63,7 +63,6 @@ EVERYDAY = (
     "ZeRO 0, accumulation 1",
     "TP 2",
     "TP 2 + SP",
-    "TP 2 + SP, ZeRO 3",
 )
 # the batch whose unmasked tokens all sit on rank 0: where a mean of means, or a count of one's own, shows
 ONE_SIDED = ("ZeRO 0, accumulation 1", "ZeRO 1, accumulation 4", "ZeRO 2, accumulation 1", "ZeRO 3, accumulation 4")

@@ -1,6 +1,9 @@
 """Pretraining as a user runs it: three launchers, resume after SIGKILL and SIGTERM, errors that say what to change."""
 
+import contextlib
+import io
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from maha_megatron.train.metrics import METRICS, read_rows
+from tests.support.distributed import run_ranks
 from tests.support.runs import (
     ROOT,
     corpus,  # noqa: F401 (a fixture)
@@ -34,13 +38,18 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """Configuration, run folder and output of a finished run on one process, accumulation 4."""
     folder = tmp_path_factory.mktemp("trained")
     path = write_config(corpus, folder / "tiny.yaml", folder / "run")
-    code, output = pretrain(path)
-    assert code == 0, output
-    return path, folder / "run", output
+    return path, folder / "run", forked_pretrain(path)
 
 
 def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss_nats"] for row in read_rows(run / METRICS)}
+
+
+def check_the_same_run(alone: Path, run: Path, output: str) -> None:
+    expected, found = losses(alone), losses(run)
+    assert found.keys() == expected.keys()
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    assert output.count("validation loss  ") == 1  # rank 0 alone speaks
 
 
 def test_a_run_leaves_everything_it_promises(trained: tuple[Path, Path, str]) -> None:
@@ -74,9 +83,10 @@ def test_a_run_leaves_everything_it_promises(trained: tuple[Path, Path, str]) ->
     ("kind", "overrides"),
     [
         ("deepspeed", ["zero.stage=3"]),
-        pytest.param("torchrun", ["parallel.tensor=2", "parallel.sequence=true"], marks=pytest.mark.full),
+        ("torchrun", ["parallel.tensor=2", "parallel.sequence=true"]),
     ],
 )
+@pytest.mark.full
 def test_launchers_and_topologies_give_the_same_run(
     kind: str,
     overrides: list[str],
@@ -85,10 +95,22 @@ def test_launchers_and_topologies_give_the_same_run(
 ) -> None:
     code, output = pretrain(config, *overrides, kind=kind, ranks=2)
     assert code == 0, output
-    alone, here = losses(trained[1]), losses(config.parent / "run")
-    assert here.keys() == alone.keys()
-    assert list(here.values()) == pytest.approx(list(alone.values()), rel=1e-5)
-    assert output.count("validation loss  ") == 1  # rank 0 alone speaks
+    check_the_same_run(trained[1], config.parent / "run", output)
+
+
+def trained_on_a_rank(rank: int, config: str, override: str) -> tuple[int, str]:
+    """Exit code and output of launch/pretrain.py where a launcher has set the ranks' environment already."""
+    main = runpy.run_path(str(ROOT / "launch/pretrain.py"))["main"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = main(["--config", config, "--set", override])
+    return code, said.getvalue()
+
+
+def test_two_ranks_give_the_same_run(trained: tuple[Path, Path, str], config: Path) -> None:
+    """What the launchers' runs show, without the time in which launcher and ranks import."""
+    (first, said), (second, more) = run_ranks(trained_on_a_rank, 2, str(config), "zero.stage=3")
+    assert first == second == 0, said + more
+    check_the_same_run(trained[1], config.parent / "run", said + more)
 
 
 def test_killed_and_resumed_equals_straight_bitwise(config: Path, tmp_path: Path) -> None:
@@ -217,7 +239,7 @@ def test_dry_run_counts_what_training_builds(trained: tuple[Path, Path, str]) ->
 def test_generate(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
     _, run, _ = trained
     command = ("tools/generate.py", "--run", run, "--prompt", "def main", "--tokens", 12)
-    first = tool(*command, "--output", tmp_path / "sample.txt")
+    first = forked(*command, "--output", tmp_path / "sample.txt")
     text = (tmp_path / "sample.txt").read_text()
     assert text.startswith("def main")
     assert len(text) > len("def main")

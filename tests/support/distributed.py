@@ -4,6 +4,7 @@ Importing megatron-core and DeepSpeed takes seconds, so every rank is a fork of 
 there is CUDA it is spawned.
 """
 
+import gc
 import os
 import tempfile
 import time
@@ -63,5 +64,6 @@ def _rank_main(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork stays; DeepSpeed's collections need not look through it
     result = function(rank, *args)
     torch.save(result, Path(folder) / str(rank))

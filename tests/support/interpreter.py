@@ -7,7 +7,7 @@ array of one element for a loop bound; bf16 is held as the bits of integers, whi
 bf16 cuts off.
 
 Two thirds of its time are spared too: it looks through the whole language at every call of one function by another, and
-computes whether integers overflow, which it says only when it debugs.
+computes whether integers overflow, which it says only when it debugs. `fast_interpreter.py` spares another part.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+
+from tests.support import fast_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _patch_tensor, _cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
@@ -79,3 +81,5 @@ assert not interpreter.interpreter_builder.options.debug
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
+if DEVICE == "cpu":  # elsewhere kernels are compiled
+    fast_interpreter.make_fast()

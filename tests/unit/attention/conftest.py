@@ -1,5 +1,25 @@
+from collections.abc import Iterator
+from subprocess import Popen
+
 import pytest
 import torch
+
+from tests.support.ahead import EVERYDAY, compilation
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilations(request: pytest.FixtureRequest) -> Iterator[dict[int, Popen]]:
+    """Compilations of kernels by capability, where their test is asked for.
+
+    They begin with the folder's first test, since most of the others leave a core idle.
+    """
+    names = {getattr(item, "originalname", None) for item in request.session.items}
+    asked = EVERYDAY if "test_kernels_compile_within_the_card" in names else {}
+    running = {capability: compilation(capability, 128, "bfloat16", which) for capability, which in asked.items()}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from tests.support.small_programs import complementarity, random_programs, relat
 ALL_SCALES = range(2, 9)
 KINDS = pytest.mark.parametrize("kind", REGULARIZERS)
 SCALES = pytest.mark.parametrize("scales", ALL_SCALES)
-# both sides of four scales, where another path begins, and the most
-FEW_SCALES = pytest.mark.parametrize("scales", everyday(ALL_SCALES, lambda scales: scales in (2, 4, 8)))
+# both sides of four scales, where another path begins
+FEW_SCALES = pytest.mark.parametrize("scales", everyday(ALL_SCALES, lambda scales: scales in (4, 5)))
 
 
 def everyday_and_full(few, many):

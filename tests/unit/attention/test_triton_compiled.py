@@ -1,16 +1,13 @@
 """Kernels compiled ahead, with no card: what the tuned table asks of one."""
 
 import json
-import os
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
+from tests.support.ahead import EVERYDAY, compilation
+
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[3]
 # of one program: Ampere and Ada at their least, and Hopper
 SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
@@ -38,17 +35,15 @@ SPILLED_BYTES = {
 }
 
 
-# what is compiled every day, both at once; the game of 8 scales alone takes longer than all that
-EVERYDAY = {80: "first", 90: "of four scales"}
+def made(process: subprocess.Popen) -> dict[str, dict[str, int]]:
+    """What the compiler made of the kernels."""
+    found, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(found)
 
 
 def compiled(capability: int, width: int, dtype: str, which: str = "all") -> dict[str, dict[str, int]]:
-    """What the compiler made of the kernels, in a process of its own: this one may interpret kernels instead."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.kernels", str(capability), str(width), dtype, which]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    return made(compilation(capability, width, dtype, which))
 
 
 def check(found: dict[str, dict[str, int]], capability: int, width: int, dtype: str) -> None:
@@ -62,21 +57,12 @@ def check(found: dict[str, dict[str, int]], capability: int, width: int, dtype: 
         assert {name: number for name, number in spilled.items() if number > most.get(name, 0)} == {}
 
 
-@pytest.fixture(scope="module")
-def everyday() -> dict[int, dict[str, dict[str, int]]]:
-    with ThreadPoolExecutor() as pool:
-        running = {
-            capability: pool.submit(compiled, capability, 128, "bfloat16", which)
-            for capability, which in EVERYDAY.items()
-        }
-    return {capability: found.result() for capability, found in running.items()}
-
-
 @pytest.mark.parametrize("capability", EVERYDAY)
-def test_kernels_compile_within_the_card(capability, everyday):
+def test_kernels_compile_within_the_card(capability, compilations):
     """Every kernel for Ampere, and for Hopper every use that the table knows."""
-    assert len(everyday[capability]) >= 20
-    check(everyday[capability], capability, 128, "bfloat16")
+    found = made(compilations[capability])
+    assert len(found) >= 20
+    check(found, capability, 128, "bfloat16")
 
 
 @pytest.mark.full

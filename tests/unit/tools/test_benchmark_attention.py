@@ -95,7 +95,7 @@ def verdict_at(rows, dtype=torch.float32, ratio=4, **options):
     ("name", "dtype"),
     everyday(
         itertools.product(OPERATORS, (torch.float32, torch.bfloat16)),
-        lambda name, dtype: (name, dtype) in (("default", torch.float32), ("nash", torch.bfloat16)),
+        lambda name, dtype: (name, dtype) == ("default", torch.float32),
     ),
 )
 def test_the_gate_is_green_for_every_kind_of_operator(name, dtype):

@@ -13,7 +13,7 @@ from maha_megatron.data.indexed import IndexedDatasetBuilder
 from maha_megatron.data.loader import build_loader
 from tests.support.corpora import sentencepiece_model
 from tests.support.pairs import END, random_documents
-from tests.support.runs import ROOT, forked, import_path, tool
+from tests.support.runs import ROOT, forked, import_path
 
 
 def write_pair(prefix: Path, documents: list[list[int]]) -> None:
@@ -46,7 +46,7 @@ train: {{steps: 1000, global_batch_samples: 8}}
 
 
 def test_indexes_built_ahead_are_those_that_a_run_reads(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = json.loads(tool("tools/data.py", "index", "--config", config, "--json"))
+    report = json.loads(forked("tools/data.py", "index", "--config", config, "--json"))
     train = {source["name"]: source for source in report["train"]}
     assert train["large"]["samples_per_epoch"] == (round(0.98 * 70_000) * 5 - 1) // 64
     assert train["large"]["epochs"] == pytest.approx(0.8 * 8000 / train["large"]["samples_per_epoch"], rel=1e-3)
@@ -67,9 +67,8 @@ def test_people_read_a_table(config: Path) -> None:
 
 def test_the_loader_is_measured(config: Path) -> None:
     small = "data.train=[{prefix: " + str(config.parent / "large") + "}]"
-    report = json.loads(
-        tool("tools/data.py", "benchmark", "--config", config, "--set", small, "--seconds", 0.2, "--json")
-    )
+    words = ("--config", config, "--set", small, "--seconds", 0.2, "--json")
+    report = json.loads(forked("tools/data.py", "benchmark", *words))
     assert report["steps"] >= 1
     assert report["start_s"] > 0
     assert report["tokens_per_s"] > 10_000

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.model import tiny_config
-from tests.support.runs import ROOT, corpus, forked, tool  # noqa: F401 (corpus: a fixture)
+from tests.support.runs import ROOT, corpus, forked  # noqa: F401 (corpus: a fixture)
 from tests.support.untrained import write_untrained_run
 
 SCRIPT = "tools/inspect_attention.py"
@@ -108,7 +108,7 @@ def read(path: Path):
 
 
 def test_every_picture_has_its_data(game, text, tmp_path):
-    output = tool(SCRIPT, "--checkpoint", game, "--text", text, "--output", tmp_path)
+    output = forked(SCRIPT, "--checkpoint", game, "--text", text, "--output", tmp_path)
     assert "layer 0: scale weights" in output
     assert "layer 2 done" in output
     pictures = {path.stem for path in tmp_path.glob("*.png")}
