@@ -1,28 +1,29 @@
 """A whole sequence by kernels: the pyramid and the joint attention over it as one operator, which keeps no level.
 
 Kept for backward are raw q, k and v, the output and one number per row and head, as by dense attention; where utilities
-alone weigh the scales, one more for each. Levels are made by the launch that prepares keys; in backward again, of a few
-KV groups at a time, and their gradients are added to those of the finer ones in place. A piece of a sequence, whose
-levels go into a state, takes the operators of pyramid/ and scale_attention/.
+alone weigh the scales, one more for each. Backward pools
+the levels again, which costs a twentieth of it, and adds the gradients of each level into those of the finer one, in
+place. A piece of a sequence, whose levels go into a state, takes the operators of pyramid/ and scale_attention/.
 """
 
 import torch
 
 from maha_megatron.attention.pyramid import triton as pyramid
 from maha_megatron.attention.pyramid import triton_levels
-from maha_megatron.attention.scale_attention import triton_joint
 from maha_megatron.attention.scale_attention.attended import Attended
 from maha_megatron.attention.scale_attention.triton_ops import (
     Numbers,
     Tensor,
     Tensors,
+    call_of,
     capability_of,
     empty_outputs,
     is_joint,
     is_one_softmax,
+    kind_of,
     outputs_of,
 )
-from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for, tuning_of
+from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.triton_launch import lined_up
 
@@ -88,7 +89,7 @@ def sequence_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `joint_attention` of triton_ops.py. `learned`: the pyramid's tensors."""
     tensors = (q, k, v, document_start, learned, query_gain, key_gain, rho, beta)
-    call = _call(*tensors, downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles)
+    *_, call = _calls(*tensors, downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles)
     return outputs_of(*call.forward(with_weights))
 
 
@@ -122,9 +123,13 @@ def sequence_attention_backward(
 ) -> list[Tensor]:
     """Gradients of q, k and v, of the pyramid's learned tensors, of both gains, and of rho and beta if given."""
     tensors = (q, k, v, document_start, learned, query_gain, key_gain, rho, beta)
-    call = _call(*tensors, downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles)
-    grad_q, learned_gradients, (grad_k,), (grad_v,) = call.backward(grad_out, out, lse, own_lse if apart else None)
-    return [grad_q, grad_k, grad_v, *(grad for grad in learned_gradients if grad is not None)]
+    pooling, levels, call = _calls(*tensors, downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles)
+    grad_q, of_attention, grad_keys, grad_values = call.backward(grad_out, out, lse, own_lse if apart else None)
+    grads = list(zip(grad_keys, grad_values, strict=True))
+    of_pyramid = []
+    if len(windows) > 1:
+        _, of_pyramid = pooling.backward(levels, grads, in_place=True)
+    return [grad_q, *grads[0], *of_pyramid, *(grad for grad in of_attention if grad is not None)]
 
 
 @sequence_attention_backward.register_fake
@@ -133,59 +138,17 @@ def _(grad_out, out, lse, own_lse, q, k, v, document_start, learned, query_gain,
     return [x.new_empty(x.shape) for x in wanted if x is not None]
 
 
-def _call(
+def _calls(
     q, k, v, document_start, learned, query_gain, key_gain, rho, beta,
     downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles,
 ):  # fmt: skip
-    spec = MahaSpec(ratio=ratio, windows=tuple(windows), rope_base=rope_base, norm_epsilon=norm_epsilon)
-    pooling = triton_levels.Call(downsampling, ratio, document_start, learned, k, (0,) * len(windows))
-    of_attention = (q, query_gain, key_gain, rho, beta, document_start)
-    rows = [(lined_up(k), lined_up(v))]
-    kind = _WeighedCall if apart else _Call
-    return kind(*of_attention, spec, pooling.past_slots, tuning_of(tiles), rows, pooling=pooling)
-
-
-class _Call(triton_joint.Call):
-    """The attention's call, given the finest level alone: the others are made where keys are prepared, of the groups of
-    a portion in backward, where their gradients too go on to the finest level before the next portion.
-    """
-
-    def __init__(self, *of_attention, pooling: triton_levels.Call):
-        super().__init__(*of_attention)
-        self.pooling = pooling
-
-    def prepare(self, prepared: torch.Tensor) -> None:
-        finest = (self.raw_keys[0], self.values[0])
-        levels = [finest, *(self.pooling.empty(scale) for scale in range(1, self.spec.scales))]
-        self.raw_keys, self.values = (list(tensors) for tensors in zip(*levels, strict=True))
-        if self.spec.scales == 1:
-            super().prepare(prepared)
-        self.pooling.pool(levels, self.preparation_into(prepared), self.shape())
-
-    def empty_parts(self, portions: int) -> list[torch.Tensor]:
-        """And the pyramid's."""
-        return [*super().empty_parts(portions), *self.pooling.empty_parts(portions)]
-
-    def _in_lots(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [*parts[:2], *(part.flatten(0, 1) for part in parts[2:])]
-
-    def _portion(self, heads: slice, groups: slice) -> "_Call":
-        return super()._portion(heads, groups, pooling=self.pooling.of_groups(groups))
-
-    def _gradients(self, grad_out, out, lse, own_lse, grad_q, grad_keys, grad_values, parts) -> None:
-        finest = (grad_keys[0], grad_values[0])
-        grads = [finest, *(self.pooling.empty(scale) for scale in range(1, self.spec.scales))]
-        super()._gradients(grad_out, out, lse, own_lse, grad_q, *zip(*grads, strict=True), parts[:2])
-        levels = list(zip(self.raw_keys, self.values, strict=True))
-        self.pooling.add_gradients(levels, grads, grads, parts[2:])
-
-    def _learned_gradients(self, *sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The pyramid's, then the attention's."""
-        return *self.pooling.of_learned(sums[2:]), *super()._learned_gradients(*sums[:2])
-
-
-class _WeighedCall(_Call, triton_joint.WeighedCall):
-    """Likewise, of scales that have a softmax each."""
+    """The pyramid's call, its levels, and the attention's call over them."""
+    none_before = (0,) * len(windows)
+    pooling = triton_levels.Call(downsampling, ratio, document_start, learned, k, none_before)
+    levels = pooling.forward((lined_up(k), lined_up(v)), ())
+    of_attention = (q, query_gain, key_gain, rho, beta, document_start, *zip(*levels, strict=True))
+    call = call_of(kind_of(apart), *of_attention, ratio, windows, none_before, rope_base, norm_epsilon, tiles)
+    return pooling, levels, call
 
 
 def _keep(ctx, inputs, output) -> None:

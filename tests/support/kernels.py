@@ -85,9 +85,8 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
     of_call, portable = (q, *learned, start, spec, (0,) * len(windows)), dataclasses.replace(tuning, groups=None)
     call = triton_joint.Call(*of_call, tuning, levels)
-    keys, lse, parts_of = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.empty_parts(1)
-    found = call.made_by_query_gradients(q, parts_of[0][0])
-    made = call.made_by_key_gradients(level_keys, level_values, parts_of[1][0])
+    keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
+    made = call.made_by_key_gradients(level_keys, level_values)
     pyramids = {}
     for method, learned_here in {
         "gated": (empty(3, 2, g, width), empty(3, 2, g, 4)),
@@ -96,16 +95,14 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
         "max": (),
     }.items():
         pyramid = triton_levels.Call(method, 4, start, learned_here, levels[0][0], (0,) * len(windows))
-        (walk,) = pyramid.walks
-        pyramids[f"pooling, {method}"] = pyramid.pooling(walk, levels)
-        of_preparation = (call.preparation_into(keys), call.shape())
-        pyramids[f"pooling and preparation, {method}"] = pyramid.pooling(walk, levels, *of_preparation)
-        of_gradient = (levels, levels, [part[0] for part in pyramid.empty_parts()])
-        pyramids[f"pooling gradients, {method}"] = pyramid.gradient(walk, levels, *of_gradient)
+        pyramids[f"pooling, {method}"] = pyramid.pooling(1, levels[0], levels[1])
+        pyramids[f"pooling gradients, {method}"] = pyramid.gradient(1, levels[0], levels[1], levels[0], levels[0])[0]
     of_rows, past, taps = (q, *levels[0]), empty(4, n + 2 * g, width, kind=dtype), empty((n + 2 * g) * width, 3)
     mixed = convolution.Call(of_rows, past, start, taps, convolution.STEPS)
     parts = empty(mixed.blocks, *taps.shape)
     turned = dense.Call(*of_rows[:2], *learned[:2], start, spec.rope_base, spec.norm_epsilon)
+    parts_of = (found.learned_parts, made.gain_parts)
+    sums_of = [x[0] for x in parts_of]
     outs, lses = empty(rows, n, len(windows), width, kind=dtype), empty(rows, n, len(windows))
     return (
         pyramids
@@ -121,7 +118,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "query gradients": call.query_gradients(keys, q, lse, None, q, found),
             "key gradients": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
-            "parts added up": triton_sums.adding_up((part, part[:, 0]) for part in parts_of),
+            "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
         | _apart(of_call, tuning, levels)
     )
@@ -141,9 +138,8 @@ def refined_launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int =
     lists = Lists(chosen.to(torch.int32), *choices, rows * blocks, call.entries[2] + 1)
     opening, outputs = call.empty_opening(backward=True), call.empty_outputs()
     of_queries, of_keys = call.empty_gradients(lists.chosen)
-    learned_parts, gain_parts = (part[0] for part in call.empty_parts(1))
-    found = call.made_by_query_gradients(q, learned_parts)._replace(opened=of_queries)
-    made = call.made_by_key_gradients(*zip(*levels, strict=True), gain_parts)._replace(opened=of_keys)
+    found = call.made_by_query_gradients()._replace(opened=of_queries)
+    made = call.made_by_key_gradients(*zip(*levels, strict=True))._replace(opened=of_keys)
     return {
         "choice": call.choice(keys, empty(rows, n, spec.scales), lists.chosen),
         "opening": call.opening(None, opening),
@@ -166,11 +162,9 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     rows, n, scales, width = len(q), single.n, len(levels), single.d
     keys, lse = empty(single.g, sum(single.entries), width, kind=q.dtype), empty(n, rows)
     outs, lses, own_lse = empty(rows, n, scales, width, kind=q.dtype), empty(rows, n, scales), empty(n, scales, rows)
-    learned_parts, gain_parts = (part[0] for part in single.empty_parts(1))
-    made = single.made_by_key_gradients(*zip(*levels, strict=True), gain_parts)
+    made = single.made_by_key_gradients(*zip(*levels, strict=True))
     given = triton_scales.Given(outs, lses, outs, lses, lses)
-    of_scales = single.found_by_query_gradients(given, q, learned_parts)
-    of_weighed = weighed.made_by_query_gradients(q, learned_parts)
+    of_scales, of_weighed = single.found_by_query_gradients(given), weighed.made_by_query_gradients()
     return {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
         "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),

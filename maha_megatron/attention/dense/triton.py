@@ -93,7 +93,7 @@ class Call:
         if not self.gains:
             return grad_x
         sums = torch.empty((self.heads, self.d), **wide)
-        adding_up([(parts[None], sums[None])]).run()
+        adding_up([(parts, sums)]).run()
         of_gains = zip(sums.split((self.n, self.g)), self.gains, strict=True)
         return grad_x + [total.to(gain.dtype, copy=True) for total, gain in of_gains]
 

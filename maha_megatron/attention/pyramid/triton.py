@@ -1,4 +1,4 @@
-"""The pyramid by kernels: one launch for all levels where a block is short, and one autograd function.
+"""The pyramid by kernels: one launch a level, and one autograd function for all levels.
 
 Kept for backward are the levels below the coarsest, which scale attention keeps anyway. In backward the gradients of
 all levels arrive together: each level's is added to the finer one's where it is written, so no sum of two gradients of

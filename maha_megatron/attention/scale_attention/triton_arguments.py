@@ -1,6 +1,5 @@
 """What the kernels of joint attention are given, grouped: tensors with their strides, and what is compiled in."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,10 +39,6 @@ class Scales(NamedTuple):
     tensors: tuple[torch.Tensor, ...]
     entry_strides: tuple[int, ...]
     group_strides: tuple[int, ...]
-
-
-def of_scales(tensors: Sequence[torch.Tensor]) -> Scales:
-    return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))
 
 
 class Keys(NamedTuple):
@@ -108,19 +103,6 @@ class OpenedKeys(NamedTuple):
 
     grads: torch.Tensor
     sums: torch.Tensor
-
-
-class Preparation(NamedTuple):
-    """What prepared keys are made with, beside raw ones: Places, and gain [g, d]; `prepared` [g, `total` entries, d] is
-    written. Flat, as Triton loses a number of rows that is 1 in a tuple of a tuple.
-    """
-
-    document_start: torch.Tensor
-    frequency: torch.Tensor
-    rows: int
-    gain: torch.Tensor
-    prepared: torch.Tensor
-    total: int
 
 
 class QueryGradients(NamedTuple):

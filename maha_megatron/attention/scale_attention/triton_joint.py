@@ -1,8 +1,8 @@
 """Joint attention by kernels: which buffers they read and write, and in which order (triton_ops.py calls them).
 
     forward     prepare_keys -> attend_kernel
-    backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel),
-                by a few KV groups -> add_up_kernel
+    backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel,
+                by a few KV groups
 
 Kept for backward: q, the levels, out, and one number per row and head; where utilities alone weigh the scales, one more
 for each scale. Backward's own buffers, turned queries and prepared keys, are those of a few groups. Every sum has a
@@ -11,7 +11,7 @@ fixed order, so results are bitwise reproducible.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -22,12 +22,11 @@ from maha_megatron.attention.scale_attention.triton_arguments import (
     Keys,
     OpenedKeys,
     Places,
-    Preparation,
     Queries,
     QueryGradients,
     Rows,
+    Scales,
     Shape,
-    of_scales,
 )
 from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
@@ -60,7 +59,7 @@ class Call:
         self.entries = tuple(
             past + slot_count(self.rows, stride(spec.ratio, scale)) for scale, past in enumerate(past_slots)
         )
-        assert all(len(x) == count for (x, _), count in zip(levels, self.entries, strict=False)), self.entries
+        assert self.entries == tuple(len(keys) for keys in self.raw_keys), (self.entries, [len(x) for x, _ in levels])
 
     def _places(self) -> Places:
         spec = self.spec
@@ -73,7 +72,7 @@ class Call:
     def _keys(self, prepared: torch.Tensor) -> Keys:
         return Keys(prepared, sum(self.entries), of_scales(self.values))
 
-    def shape(self) -> Shape:
+    def _shape(self) -> Shape:
         return Shape(
             ratio=self.spec.ratio,
             windows=self.spec.windows,
@@ -95,7 +94,7 @@ class Call:
 
     def _launch(self, kernel, grid: tuple[int, int], tiles: Tiles, *tensors, **sizes: int) -> Launch:
         """Of a kernel that takes `tensors`, then a Shape, then sizes of its tiles."""
-        arguments = dict(zip(kernel.arg_names, (*tensors, self.shape()), strict=False)) | sizes
+        arguments = dict(zip(kernel.arg_names, (*tensors, self._shape()), strict=False)) | sizes
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
         return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options, device=self.q.device)
 
@@ -104,22 +103,16 @@ class Call:
 
     def preparation(self, prepared: torch.Tensor) -> Launch:
         tiles = self.tuning.keys
-        tensors = (of_scales(self.raw_keys), self.preparation_into(prepared))
+        tensors = (of_scales(self.raw_keys), self._places(), self.key_gain, prepared, sum(self.entries))
         return self._launch(prepare_keys, self._key_grid(tiles), tiles, *tensors, TILE=tiles.keys)
-
-    def preparation_into(self, prepared: torch.Tensor) -> Preparation:
-        return Preparation(*self._places(), self.key_gain, prepared, sum(self.entries))
 
     def prepared_keys(self) -> torch.Tensor:
         """[g, entries of all scales, d] in q's dtype; behind it lies a tile that forward may read."""
         total = self.g * sum(self.entries)
         prepared = self._empty(total + self.tuning.forward.keys, self.d, dtype=self.q.dtype)[:total]
         prepared = prepared.view(self.g, -1, self.d)
-        self.prepare(prepared)
-        return prepared
-
-    def prepare(self, prepared: torch.Tensor) -> None:
         self.preparation(prepared).run()
+        return prepared
 
     def rows_of(self, outputs: torch.Tensor) -> Rows:
         """Outputs or their gradients, as the kernels take them."""
@@ -134,7 +127,7 @@ class Call:
         by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() else None
         if by_groups is None or by_groups.unserved(self.q, self.values) is not None:
             return None
-        arguments = dict(zip(attend_kernel.arg_names, (*tensors, self.shape()), strict=False))
+        arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
         return by_groups.launch(arguments, keys, self.q, self.values, self.tuning.groups, self.each)
 
     def _portable(self, kernel, *tensors) -> Launch:
@@ -191,21 +184,22 @@ class Call:
         seen_by = [min((tile + w) * stride(ratio, scale), self.rows) for scale, w in enumerate(self.spec.windows)]
         return tuple(-(-rows // span) for rows in seen_by)
 
-    def made_by_query_gradients(self, grad_q: torch.Tensor, learned_parts: torch.Tensor) -> QueryGradients:
+    def made_by_query_gradients(self) -> QueryGradients:
         n, scales, branches, width, dtype = self.n, self.spec.scales, self.spec.branches, self.d, self.q.dtype
+        tiles = self._row_grid(self.tuning.query_gradient)[0]
         with_utilities = self.rho is not None
         return QueryGradients(
-            grad_q=of_rows(grad_q),
+            grad_q=of_rows(self._empty(self.rows, n, width, dtype=dtype)),
             delta=self._empty(n, *([scales] if self.apart else []), self.rows),
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
             turned=self._empty(n, scales, self.rows, width, dtype=dtype),
             utility_gradients=self._empty(n * with_utilities, branches, self.rows),
             shares=self._empty(n * with_utilities, branches, self.rows),
-            learned_parts=learned_parts,
+            learned_parts=self._empty(tiles, n, self._learned_kinds(), width),
         )
 
-    def made_by_key_gradients(self, grad_keys, grad_values, gain_parts: torch.Tensor) -> KeyGradients:
+    def made_by_key_gradients(self, grad_keys, grad_values) -> KeyGradients:
         tiles, parts = self.tuning.key_gradient, self._parts()
         here = self._key_tiles(tiles)
         finest = min((scale for scale, part in enumerate(parts) if part > 1), default=len(parts))
@@ -213,7 +207,7 @@ class Call:
         return KeyGradients(
             grad_keys=of_scales(grad_keys),
             grad_values=of_scales(grad_values),
-            gain_parts=gain_parts,
+            gain_parts=self._empty(sum(here), self.g, self.d),
             sums=self._empty(programs, self.g, 2, tiles.keys, self.d),
         )
 
@@ -233,28 +227,12 @@ class Call:
             [torch.empty_like(x, memory_format=torch.contiguous_format) for x in of]
             for of in (self.raw_keys, self.values)
         )
-        portions = self._portions()
-        parts = self.empty_parts(len(portions))
-        for at, groups in enumerate(portions):
+        sums = (self._empty(self.n, self._learned_kinds(), self.d), self._empty(self.g, self.d))
+        for groups in self._portions():
             heads = self._heads_of(groups)
             into = (grad_q[:, heads], [x[:, groups] for x in grad_keys], [x[:, groups] for x in grad_values])
-            self._portion(heads, groups)._gradients(*given(heads), *into, [part[at] for part in parts])
-        lots = self._in_lots(parts)
-        sums = [self._empty(len(part), *part.shape[2:]) for part in lots]
-        adding_up(zip(lots, sums, strict=True)).run()
+            self._portion(heads, groups)._gradients(*given(heads), *into, (sums[0][heads], sums[1][groups]))
         return grad_q, self._learned_gradients(*sums), grad_keys, grad_values
-
-    def empty_parts(self, portions: int) -> list[torch.Tensor]:
-        """Room for what tiles find of learned tensors: `learned_parts` and `gain_parts`, of every portion."""
-        row_tiles, key_tiles = self._row_grid(self.tuning.query_gradient)[0], self._key_tiles(self.tuning.key_gradient)
-        return [
-            self._empty(portions, row_tiles, self.n // portions, self._learned_kinds(), self.d),
-            self._empty(portions, sum(key_tiles), self.g // portions, self.d),
-        ]
-
-    def _in_lots(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What `empty_parts` made as `adding_up` takes it."""
-        return parts
 
     def _learned_kinds(self) -> int:
         """The gain, and with utilities rho of every scale, opened keys included, and beta."""
@@ -270,35 +248,35 @@ class Call:
     def _heads_of(self, groups: slice) -> slice:
         return slice(groups.start * self.n // self.g, groups.stop * self.n // self.g)
 
-    def _portion(self, heads: slice, groups: slice, **others) -> "Call":
+    def _portion(self, heads: slice, groups: slice) -> "Call":
         """The call of some KV groups and their heads."""
         gains = (self.query_gain[heads], self.key_gain[groups])
         of_utilities = (None, None) if self.rho is None else (self.rho[:, heads], self.beta[:, heads])
         levels = [(k[:, groups], v[:, groups]) for k, v in zip(self.raw_keys, self.values, strict=True)]
         numbers = (self.spec, self.past_slots, self.tuning, levels)
-        return type(self)(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers, **others)
+        return type(self)(self.q[:, heads], *gains, *of_utilities, self.document_start, *numbers)
 
-    def _gradients(self, grad_out, out, lse, own_lse, grad_q, grad_keys, grad_values, parts) -> None:
-        """Writes the latter four; `parts`: of a portion of those of `empty_parts`."""
+    def _gradients(self, grad_out, out, lse, own_lse, grad_q, grad_keys, grad_values, sums) -> None:
+        """Writes the latter four; `sums`: as `_learned_gradients` takes them."""
         keys = self.prepared_keys()
-        found = self.made_by_query_gradients(grad_q, parts[0])
+        found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
         self.query_gradients(keys, out, lse, own_lse, grad_out, found).run()
-        self._through_keys(keys, grad_out, found, grad_keys, grad_values, parts[1])
+        self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
     def _through_keys(
-        self, keys, grad_out, found, grad_keys, grad_values, gain_parts, opened: OpenedKeys | None = None
+        self, keys, grad_out, found: QueryGradients, grad_keys, grad_values, sums, opened: OpenedKeys | None = None
     ) -> None:
-        """Runs what follows the first kernel; writes grad_keys, grad_values and gain_parts."""
-        made = self.made_by_key_gradients(grad_keys, grad_values, gain_parts)._replace(opened=opened)
+        """Runs what follows the first kernel; writes grad_keys, grad_values and sums."""
+        made = self.made_by_key_gradients(grad_keys, grad_values)._replace(opened=opened)
         self.key_gradients(keys, grad_out, found, made).run()
         if max(self._parts()) > 1:
             self.added_parts(made).run()
+        adding_up(zip((found.learned_parts, made.gain_parts), sums, strict=True)).run()
 
     def _learned_gradients(self, of_queries: torch.Tensor, of_keys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Of query gain, key gain, rho and beta: from the sums of `empty_parts`."""
-        of_queries, of_keys = of_queries.flatten(0, 1), of_keys.flatten(0, 1)
+        """Of query gain, key gain, rho and beta: from the sums of `learned_parts` and of the keys' `gain_parts`."""
         copied = {"copy": True, "memory_format": torch.contiguous_format}  # as results of an operator have to be
-        of_gains = (of_queries[:, 0].to(self.query_gain.dtype, **copied), of_keys.to(self.key_gain.dtype, **copied))
+        of_gains = (of_queries[:, 0].to(self.query_gain.dtype, **copied), of_keys.to(self.key_gain.dtype))
         if self.rho is None:
             return *of_gains, None, None
         grad_rho = of_queries[:, 1:-1].transpose(0, 1) * self.query_gain
@@ -332,3 +310,7 @@ def _gluon_launch() -> ModuleType | None:
 
 def of_rows(x: torch.Tensor) -> Rows:
     return Rows(x, x.stride(0), x.stride(1))
+
+
+def of_scales(tensors: Sequence[torch.Tensor]) -> Scales:
+    return Scales(tuple(tensors), tuple(x.stride(0) for x in tensors), tuple(x.stride(1) for x in tensors))

@@ -1,8 +1,7 @@
 """Keys of every scale as the logits read them: normalised, times their gain, rotated at the place of their last row.
 
-All scales are in one buffer [g, entries of scale 0, of scale 1, ..., d] in the dtype of the keys, so that a tile of
-keys is an offset. One launch writes it, or of a whole sequence the one that pools (pyramid/triton_pool.py). It is made
-again for backward: kept are the raw keys.
+One launch writes all scales into one buffer [g, entries of scale 0, of scale 1, ..., d] in the dtype of the keys, so
+that a tile of keys is an offset. It is made again for backward: kept are the raw keys, which the pyramid keeps anyway.
 """
 
 import triton
@@ -70,23 +69,17 @@ def key_gains(gain, group, HALF: tl.constexpr):
 
 
 @triton.jit
-def prepare_entries(keys, to, entry, inside, group, scale, SHAPE: tl.constexpr):
-    """Writes prepared keys of some entries of a scale; `keys`: Scales, `to`: Preparation."""
-    channel = tl.arange(0, SHAPE.half)
+def prepare_keys(keys, places, gain, prepared, total, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    scale, tile = locate_tile(tl.program_id(0), places.rows, TILE, SHAPE)
+    group = tl.program_id(1)
+    entry, channel = tile * TILE + tl.arange(0, TILE), tl.arange(0, SHAPE.half)
+    past = past_of(scale, SHAPE)
+    inside = (entry < past + slot_count(places.rows, SHAPE.ratio, scale))[:, None]
     first, second, _ = normal_keys(keys, entry, group, scale, inside, SHAPE)
-    gain_first, gain_second = key_gains(to.gain, group, SHAPE.half)
-    cosine, sine = key_angles(entry - past_of(scale, SHAPE), to, scale, SHAPE)
+    gain_first, gain_second = key_gains(gain, group, SHAPE.half)
+    cosine, sine = key_angles(entry - past, places, scale, SHAPE)
     first, second = rotated(first * gain_first, second * gain_second, cosine, sine)
-    begin = entries_before(scale, to.rows, SHAPE) + group.to(tl.int64) * to.total
-    at = to.prepared + (begin + entry)[:, None] * 2 * SHAPE.half + channel[None, :]
-    tl.store(at, first.to(to.prepared.dtype.element_ty), mask=inside)
-    tl.store(at + SHAPE.half, second.to(to.prepared.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def prepare_keys(keys, to, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    rows = to.rows
-    scale, tile = locate_tile(tl.program_id(0), rows, TILE, SHAPE)
-    entry = tile * TILE + tl.arange(0, TILE)
-    inside = (entry < past_of(scale, SHAPE) + slot_count(rows, SHAPE.ratio, scale))[:, None]
-    prepare_entries(keys, to, entry, inside, tl.program_id(1), scale, SHAPE)
+    begin = entries_before(scale, places.rows, SHAPE) + group.to(tl.int64) * total
+    to = prepared + (begin + entry)[:, None] * 2 * SHAPE.half + channel[None, :]
+    tl.store(to, first.to(prepared.dtype.element_ty), mask=inside)
+    tl.store(to + SHAPE.half, second.to(prepared.dtype.element_ty), mask=inside)

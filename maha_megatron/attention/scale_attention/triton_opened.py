@@ -3,11 +3,11 @@
     forward     prepare_keys -> attend_kernel -> choose_kernel -> a sort;
                 turn_opening_kernel -> attend_opened_kernel -> join_kernel
     backward    a sort; prepare_keys -> turn_opening_kernel -> opened_gradient_kernel -> add_runs_kernel
-                -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel); add_up_kernel
+                -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel
 
-What stands behind the first semicolon goes by a few KV groups. A softmax over more keys is one over the scales, joined
-with that over the others; for backward the output and log-sum-exp of all are enough, so that the scales' own kernels
-serve, and take what opened keys ask of queries and of keys of to_scale from buffers.
+What stands behind a semicolon goes by a few KV groups. A softmax over more keys is one
+over the scales, joined with that over the others; for backward the output and log-sum-exp of all are enough, so that
+the scales' own kernels serve, and take what opened keys ask of queries and of keys of to_scale from buffers.
 
 Kept for backward: q, the levels, out, one number per row and head, and what was chosen. Every sum has a fixed order.
 """
@@ -156,16 +156,16 @@ class Call(joint.Call):
 
         return self._in_portions(given)
 
-    def _gradients(self, grad_out, out, lse, lists, grad_q, grad_keys, grad_values, parts) -> None:
+    def _gradients(self, grad_out, out, lse, lists, grad_q, grad_keys, grad_values, sums) -> None:
         """Writes the latter four."""
         keys = self.prepared_keys()
         opening, (of_queries, of_keys) = self.empty_opening(backward=True), self.empty_gradients(lists.chosen)
         self.opening((out, lse, grad_out), opening).run()
         self.opened_gradients(opening, keys, lists, grad_out, of_queries, of_keys).run()
         self.added_runs(lists, of_keys).run()
-        found = self.made_by_query_gradients(grad_q, parts[0])._replace(opened=of_queries)
+        found = self.made_by_query_gradients()._replace(grad_q=joint.of_rows(grad_q), opened=of_queries)
         self.query_gradients(keys, out, lse, None, grad_out, found).run()
-        self._through_keys(keys, grad_out, found, grad_keys, grad_values, parts[1], of_keys)
+        self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums, of_keys)
 
 
 def _of_groups(lists: Lists, groups: slice) -> Lists:

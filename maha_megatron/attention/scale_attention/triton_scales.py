@@ -67,9 +67,9 @@ class Call(joint.Call):
         sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
         return self._launch(scales_query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
-    def found_by_query_gradients(self, given: Given, grad_q, learned_parts) -> QueryGradients:
+    def found_by_query_gradients(self, given: Given) -> QueryGradients:
         """As of the joint kernels, but gradients of utilities are given."""
-        found = self.made_by_query_gradients(grad_q, learned_parts)
+        found = self.made_by_query_gradients()
         if given.grad_utilities is None:
             return found
         utilities = given.grad_utilities.permute(1, 2, 0).contiguous()
@@ -79,9 +79,9 @@ class Call(joint.Call):
         """Gradients of q; of query gain, key gain, rho and beta; and of every scale's keys and values."""
         return self._in_portions(lambda heads: (given.of_heads(heads),))
 
-    def _gradients(self, given: Given, grad_q, grad_keys, grad_values, parts) -> None:
+    def _gradients(self, given: Given, grad_q, grad_keys, grad_values, sums) -> None:
         """Writes the latter four."""
         keys = self.prepared_keys()
-        found = self.found_by_query_gradients(given, grad_q, parts[0])
+        found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
         self.query_gradients(keys, given, found).run()
-        self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values, parts[1])
+        self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values, sums)

@@ -13,13 +13,10 @@ SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 # by triton 3.6, between scales or programs, never in the loop over keys or rows (nvdisasm); of games at any width
 OF_GAMES = {"equilibrium, a game, 8 scales": 16, "continuation, a game": 8, "continuation, nash": 8}
-# and where 8 bytes make room for one more program
-OF_POOLING = {"pooling, conv": 8, "pooling and preparation, mean": 8, "pooling and preparation, max": 8}
 SPILLED_BYTES = {
-    32: OF_GAMES | OF_POOLING,
-    64: OF_GAMES | OF_POOLING,
+    32: OF_GAMES,
+    64: OF_GAMES,
     128: OF_GAMES
-    | OF_POOLING
     | {
         "attention, as the table has it": 32,
         "attention, weighed, as the table has it": 80,

@@ -9,7 +9,7 @@ import torch
 
 from tests.support.interpreter import DEVICE  # isort: split
 
-from maha_megatron.attention.pyramid import naive, triton, triton_levels
+from maha_megatron.attention.pyramid import naive, triton
 from maha_megatron.attention.pyramid.queries import pool_queries
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from tests.support.attention import Case, exact_leaves, leaves, parameter_specs, start_rows, wrong
@@ -32,7 +32,6 @@ CASES = [
     ),
     Case(lengths=(1,), n=1, g=1, d=32, spec=spec()),
     Case(lengths=(47,), n=5, g=5, d=64, spec=spec(windows=(3, 3, 2))),
-    Case(lengths=(70, 1, 3, 129, 9, 64, 90), n=1, g=1, d=128, spec=spec(windows=(5, 4, 4, 4))),
 ]
 
 
@@ -72,19 +71,6 @@ def exact(case: Case, dtype: torch.dtype, offset: int | None = None) -> dict[str
 def test_every_level_and_gradient_in_fp32_equals_the_reference(case):
     found = run(case, leaves(case, torch.float32, DEVICE), triton.build_pyramid)
     assert wrong(found, exact(case, torch.float32), 1e-6) == {}
-
-
-@pytest.mark.parametrize("offset", [None, 7])
-@pytest.mark.parametrize(("ratio", "scales"), [(2, 5), (4, 3), (3, 4)])
-def test_many_programs_and_launches_are_as_good_as_one(monkeypatch, ratio, scales, offset):
-    """Programs of 32 entries or a little more, launches of at most three scales."""
-    monkeypatch.setattr(triton_levels, "_ENTRIES", 8)
-    of_call = spec(ratio=ratio, windows=(40, 20, 9, 7, 5)[:scales])
-    case = Case(lengths=(*SHORT, 33, 1, 1, 50), n=1, g=1, d=32, spec=of_call)
-    call = triton_levels.Call("gated", ratio, start_rows(case.lengths), (), torch.empty(1, 1, 32), (0,) * scales)
-    assert len(call.walks) > 1
-    found = run(case, leaves(case, torch.float32, DEVICE), triton.build_pyramid, offset)
-    assert wrong(found, exact(case, torch.float32, offset), 1e-6) == {}
 
 
 @pytest.mark.parametrize("offset", [1, 7, 21])
