@@ -15,7 +15,7 @@ BLOCK = re.compile(r"<!-- plain-commands: .*? -->\n```bash\n(.*?)```", re.DOTALL
 
 # what makes a command small, by the script that it runs; everything else of it stays as the README has it
 SMALL = {
-    "data_prep/make_corpus.py": ["--bytes", "1MB"],
+    "data_prep/make_corpus.py": ["--bytes", "2MB"],
     "data_prep/train_tokenizer.py": [],
     "data_prep/preprocess.py": [],
     "launch/pretrain.py": [
