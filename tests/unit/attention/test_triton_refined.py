@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 full, gpu = pytest.mark.full, pytest.mark.gpu
 TOKENS = Refinement(from_scale=2, to_scale=0, blocks=2)
 FOUR = dataclasses.replace(TOKENS, blocks=4)
+ONE = dataclasses.replace(TOKENS, blocks=1)
 SUMMARIES = Refinement(from_scale=2, to_scale=1, blocks=3)
 ROWS = Tiles(rows=32, keys=16)
 OPENED = Tiles(rows=16)
@@ -248,20 +249,23 @@ def test_backward_keeps_inputs_output_one_number_per_row_and_head_and_what_was_c
 
 
 @pytest.mark.parametrize(
-    ("options", "heads", "missing"),
+    ("options", "heads", "dtype", "missing"),
     [
-        ({"refine": dataclasses.replace(TOKENS, blocks=17)}, 2, "17 blocks, at most 16"),
-        ({"refine": Refinement(from_scale=6, to_scale=0, blocks=1), "windows": (9,) * 7}, 2, None),
-        ({"ratio": 5, "refine": Refinement(from_scale=2, to_scale=0, blocks=1)}, 2, None),
+        ({"refine": dataclasses.replace(TOKENS, blocks=17)}, 2, torch.float32, "17 blocks, at most 16"),
+        ({"refine": Refinement(from_scale=6, to_scale=0, blocks=1), "windows": (9,) * 7}, 2, torch.bfloat16, None),
+        ({"ratio": 4, "refine": ONE}, 2, torch.float32, None),
+        ({"ratio": 5, "refine": ONE}, 2, torch.float32, "25 children, at most 16"),
+        ({"ratio": 5, "refine": ONE}, 2, torch.float16, None),
         (
             {"ratio": 5, "refine": Refinement(from_scale=3, to_scale=0, blocks=1), "windows": (9,) * 4},
             2,
-            "125 children",
+            torch.bfloat16,
+            "125 children, at most 64",
         ),
-        ({}, 17, "17 heads"),
-        ({"windows": (4,) * 8, "refine": TOKENS}, 2, "9 branches"),
+        ({}, 17, torch.float32, "17 heads"),
+        ({"windows": (4,) * 8, "refine": TOKENS}, 2, torch.float32, "9 branches"),
     ],
 )
-def test_sizes_that_no_kernel_serves_are_named(options, heads, missing):
-    said = triton.what_no_kernel_serves(torch.zeros(1, heads, 64), 1, spec(**options))
+def test_sizes_that_no_kernel_serves_are_named(options, heads, dtype, missing):
+    said = triton.what_no_kernel_serves(torch.zeros(1, heads, 64, dtype=dtype), 1, spec(**options))
     assert (said is None) if missing is None else said.startswith(f"opened blocks (a refined layer) of {missing}"), said
