@@ -148,7 +148,7 @@ def refined_launches(
     found = call.made_by_query_gradients()._replace(opened=of_queries)
     made = call.made_by_key_gradients(*zip(*levels, strict=True))._replace(opened=of_keys)
     return {
-        "choice": call.choice(keys, empty(rows, n, spec.scales), lists.chosen),
+        "choice": call.choice(keys, lists.chosen),
         "opening": call.opening(None, opening),
         "opening, backward": call.opening((q, lse, q), opening),
         "opened keys": call.opened_attention(opening, keys, lists, outputs),

@@ -109,6 +109,29 @@ def test_at_a_tie_the_earlier_blocks_are_opened(heads):
         assert sorted(found) == sorted([first + block for block in blocks] + [-1] * (2 - len(blocks)))
 
 
+def test_utilities_do_not_change_what_is_chosen():
+    """Probabilities within a scale do not depend on them, even where another scale leaves this one no weight."""
+    values = {name: value.detach() for name, value in leaves(PACKED_CASE, torch.float32, DEVICE).items()}
+    expected = chosen_by_kernels(PACKED_CASE, values)
+    values["utility_bias"][0] += 150
+    assert torch.equal(chosen_by_kernels(PACKED_CASE, values), expected)
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_the_log_sum_exps_of_scales_are_written_where_weights_are_asked_for(monkeypatch, with_weights):
+    values = {name: value.detach() for name, value in leaves(SMALL_CASE, torch.float32, DEVICE).items()}
+    written, honest = [], triton_opened.Call.attention
+
+    def attention(call, keys, out, lse, scale_lse, own_lse):
+        written.append(scale_lse is not None)
+        return honest(call, keys, out, lse, scale_lse, own_lse)
+
+    monkeypatch.setattr(triton_opened.Call, "attention", attention)
+    _, _, weights, _ = triton_opened_ops.refined_attention(*operator_inputs(SMALL_CASE, values, with_weights))
+    assert written == [with_weights]
+    assert weights.shape == ((25, 2, 4) if with_weights else (0,))
+
+
 def chosen_by_kernels(case: Case, values: dict[str, torch.Tensor]) -> torch.Tensor:
     return triton_opened_ops.refined_attention(*operator_inputs(case, values))[-1]
 
