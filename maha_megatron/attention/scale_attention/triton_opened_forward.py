@@ -189,6 +189,7 @@ def join_kernel(
         fused += tl.load(part_at, mask=here[:, None], other=0.0).to(tl.float32) * weight[:, None]
         mass += weight
     fused = fused * (1 / (own_weight + mass))[:, None]
+    tl.debug_barrier()  # every warp has read what one of them now writes over
     out_at = out.tensor + head * out.head_stride + row.to(tl.int64)[:, None] * out.row_stride + channels[None, :]
     tl.store(out_at, fused.to(out.tensor.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + of_head, top + tl.log2(own_weight + mass), mask=inside)
