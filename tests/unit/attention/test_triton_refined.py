@@ -14,7 +14,15 @@ from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.pyramid import eager as pyramid
 from maha_megatron.attention.pyramid import triton as pyramid_kernels
-from maha_megatron.attention.scale_attention import naive, triton, triton_choice, triton_opened, triton_opened_ops
+from maha_megatron.attention.scale_attention import (
+    naive,
+    triton,
+    triton_choice,
+    triton_opened,
+    triton_opened_forward,
+    triton_opened_gradient,
+    triton_opened_ops,
+)
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec, Refinement
 from maha_megatron.scales import openable_blocks
@@ -107,6 +115,23 @@ def test_at_a_tie_the_earlier_blocks_are_opened(heads):
         blocks = list(openable_blocks(row - start, 2, case.spec.windows, 2, 0))[:2]
         first = -(-start // 4)
         assert sorted(found) == sorted([first + block for block in blocks] + [-1] * (2 - len(blocks)))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter calls")
+@pytest.mark.parametrize(("rows", "tiles"), [(7, 0), (8, 1)])
+def test_rows_that_open_nothing_cost_no_products(monkeypatch, rows, tiles):
+    """The eighth row is the first that may open a block: a tile of rows for each head, and way."""
+    read, honest = [], triton_opened_forward.load_opening
+
+    def counted(*arguments):
+        read.append(1)
+        return honest(*arguments)
+
+    for module in (triton_opened_forward, triton_opened_gradient):
+        monkeypatch.setattr(module, "load_opening", counted)
+    case = Case(lengths=(rows,), n=2, g=1, d=32, spec=spec())
+    run(case, leaves(case, torch.float32, DEVICE), kernels)
+    assert len(read) == 2 * 2 * tiles
 
 
 def test_utilities_do_not_change_what_is_chosen():
