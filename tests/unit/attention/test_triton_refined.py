@@ -25,6 +25,7 @@ from maha_megatron.attention.scale_attention import (
     triton_opened_ops,
 )
 from maha_megatron.attention.scale_attention.attended import Attended
+from maha_megatron.attention.scale_attention.triton_arguments import Shape
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles, Tuning, numbers_of
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec, Refinement
 from maha_megatron.scales import openable_blocks
@@ -341,6 +342,12 @@ def test_backward_keeps_inputs_output_one_number_per_row_and_head_and_what_was_c
     given = [x for one in inputs for x in (one if isinstance(one, list) else [one]) if isinstance(x, torch.Tensor)]
     assert sum(kept.values()) == sum(x.nbytes for x in (*given, out, lse, chosen))
     assert (lse.shape, chosen.shape, chosen.dtype) == ((2, 25), (1, 25, 2), torch.int32)
+
+
+def test_scales_apart_have_no_opened_keys():
+    numbers = {"ratio": 2, "windows": (4, 3), "past_slots": (0, 0), "half": 16, "epsilon": 1e-6, "precision": "tf32"}
+    with pytest.raises(AssertionError, match="one softmax"):
+        Shape(**numbers, fast=False, utilities=True, apart=True, blocks=1, from_scale=1)
 
 
 @pytest.mark.parametrize(
