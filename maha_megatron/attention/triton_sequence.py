@@ -1,9 +1,9 @@
 """A whole sequence by kernels: the pyramid and the joint attention over it as one operator, which keeps no level.
 
 Kept for backward are raw q, k and v, the output and one number per row and head, as by dense attention; where utilities
-alone weigh the scales, one more for each. Backward pools
-the levels again, which costs a twentieth of it, and adds the gradients of each level into those of the finer one, in
-place. A piece of a sequence, whose levels go into a state, takes the operators of pyramid/ and scale_attention/.
+alone weigh the scales, one more for each. Backward pools the levels again, which costs a twentieth of it, and adds the
+gradients of each level into those of the finer one, in place. A piece of a sequence, whose levels go into a state,
+takes the operators of pyramid/ and scale_attention/.
 """
 
 import torch

@@ -1,11 +1,12 @@
 """Kernels compiled ahead, for a card that is not there.
 
 python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints registers, spills and shared memory as JSON
-WHICH: as `chosen` has it, or "by warp groups"
+WHICH: as `chosen` has it, or "by warp groups" or "refined"
 """
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from maha_megatron.attention.decode.triton_step import Learned, Streams
 from maha_megatron.attention.dense import triton as dense
 from maha_megatron.attention.pyramid import triton_levels
 from maha_megatron.attention.scale_attention import triton_joint, triton_opened, triton_scales
+from maha_megatron.attention.scale_attention.triton import most_of_refined
 from maha_megatron.attention.scale_attention.triton_arguments import Lists
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, tuning_for
 from maha_megatron.attention.spec import MahaSpec, Refinement
@@ -124,13 +126,18 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     )
 
 
-def refined_launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
-    """What a refined layer launches that others do not, or not like that, at 4,096 tokens, on the meta device."""
-    rows, blocks = 4096, 4
-    refine = Refinement(from_scale=2, to_scale=0, blocks=blocks)
-    spec = MahaSpec(ratio=4, windows=(128, 112, 256), convolution=False, refine=refine)
+def refined_launches(
+    width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, ratio: int = 4, blocks: int = 4
+) -> dict[str, Launch]:
+    """What a refined layer launches that others do not, or not like that, at 4,096 tokens, on the meta device.
+
+    A block has ratio**2 children.
+    """
+    rows, refine = 4096, Refinement(from_scale=2, to_scale=0, blocks=blocks)
+    spec = MahaSpec(ratio=ratio, windows=(128, 112, 256), convolution=False, refine=refine)
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
-    levels = [tuple(empty(rows // 4**scale, g, width, kind=dtype) for _ in range(2)) for scale in range(spec.scales)]
+    counts = [slot_count(rows, stride(ratio, scale)) for scale in range(spec.scales)]
+    levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in counts]
     learned = (empty(n, width), empty(g, width), empty(spec.branches, n, width), empty(spec.branches, n))
     call = triton_opened.Call(q, *learned, start, spec, (0, 0, 0), tuning, levels)
     keys, lse, chosen = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), empty(g, rows, blocks)
@@ -141,7 +148,7 @@ def refined_launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int =
     found = call.made_by_query_gradients()._replace(opened=of_queries)
     made = call.made_by_key_gradients(*zip(*levels, strict=True))._replace(opened=of_keys)
     return {
-        "choice": call.choice(keys, empty(rows, n, spec.scales), lists.chosen),
+        "choice": call.choice(keys, lists.chosen),
         "opening": call.opening(None, opening),
         "opening, backward": call.opening((q, lse, q), opening),
         "opened keys": call.opened_attention(opening, keys, lists, outputs),
@@ -151,6 +158,13 @@ def refined_launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int =
         "query gradients, refined": call.query_gradients(keys, q, lse, None, q, found),
         "key gradients, refined": call.key_gradients(keys, q, found, made),
     }
+
+
+def refined_launches_at_the_ends(width: int, dtype: torch.dtype, tuning: Tuning) -> dict[str, Launch]:
+    """`refined_launches` of the most blocks, of the most entries each, and heads that kernels serve."""
+    most = most_of_refined(dtype)
+    sizes = {"n": most["heads"], "g": 1, "ratio": math.isqrt(most["children"]), "blocks": most["blocks"]}
+    return refined_launches(width, dtype, tuning, **sizes)
 
 
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
@@ -326,11 +340,12 @@ def _first_of(launches: dict[str, Launch], kernel: object) -> Launch:
 
 def main() -> None:
     capability, width, dtype, which = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4]
-    found = {}
+    found, tuning = {}, tuning_for(dtype.itemsize, divmod(capability, 10))
     if which == "by warp groups":
         asked = warp_group_launches(width, dtype)
+    elif which == "refined":
+        asked = refined_launches_at_the_ends(width, dtype, tuning)
     else:
-        tuning = tuning_for(dtype.itemsize, divmod(capability, 10))
         asked = launches(width, dtype, tuning) | decoding_launches(width, dtype)
         asked |= refined_launches(width, dtype, tuning)
         if which == "all":

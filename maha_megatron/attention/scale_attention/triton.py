@@ -4,8 +4,8 @@
     triton_opened.py   one softmax over all scales and over what a refined layer opens
     triton_scales.py   each scale's output and log-sum-exp, which every other aggregation fuses (aggregation/triton.py)
 
-Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels and queries at full rate; refined layers within
-`_MOST`, of one softmax.
+Kernels serve bf16, fp16 and fp32, with heads of 32, 64 or 128 channels and queries at full rate; refined layers of
+one softmax within `most_of_refined`.
 """
 
 import dataclasses
@@ -73,8 +73,12 @@ def what_no_kernel_serves(q_tnd: torch.Tensor, groups: int, spec: MahaSpec) -> s
     return "pooled queries" if spec.scales > 1 and spec.queries == "pooled" else None
 
 
-# of a refined layer: blocks that a row opens, entries of each, query heads of a KV group, scales and opened keys
-_MOST = {"blocks": 16, "children": 64, "heads": 16, "branches": 8}
+def most_of_refined(dtype: torch.dtype) -> dict[str, int]:
+    """Of a refined layer: blocks that a row opens, entries of each, query heads of a KV group, scales and opened keys.
+
+    In fp32 a tile of more entries would not fit into the shared memory of the smallest cards.
+    """
+    return {"blocks": 16, "children": 16 if dtype.itemsize == 4 else 64, "heads": 16, "branches": 8}
 
 
 def _unserved_refinement(q_tnd: torch.Tensor, groups: int, spec: MahaSpec) -> str | None:
@@ -86,7 +90,8 @@ def _unserved_refinement(q_tnd: torch.Tensor, groups: int, spec: MahaSpec) -> st
         "heads": q_tnd.shape[1] // groups,
         "branches": spec.branches,
     }
-    beyond = [f"{size} {name}, at most {_MOST[name]}" for name, size in sizes.items() if size > _MOST[name]]
+    most = most_of_refined(q_tnd.dtype)
+    beyond = [f"{size} {name}, at most {most[name]}" for name, size in sizes.items() if size > most[name]]
     return f"opened blocks (a refined layer) of {beyond[0]}" if beyond else None
 
 

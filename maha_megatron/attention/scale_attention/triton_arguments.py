@@ -170,6 +170,9 @@ class Shape:
     from_scale: int = 0
     to_scale: int = 0
 
+    def __post_init__(self) -> None:
+        assert not (self.apart and self.blocks), "opened keys are a part of one softmax"
+
     @property
     def branches(self) -> int:
         """The scales and, last, opened keys where there are any."""

@@ -39,13 +39,13 @@ _ROWS = Tiles(rows=32)
 
 
 class Forward(NamedTuple):
-    """out [t, n, d]; lse [n, t] of the whole softmax, scale_lse [t, n, L] and opened_lse [n, t] of its parts, in units
-    of log 2; chosen as in Lists.
+    """out [t, n, d]; lse [n, t] of the whole softmax, scale_lse [t, n, L], None unless weights are asked for, and
+    opened_lse [n, t] of its parts, in units of log 2; chosen as in Lists.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
-    scale_lse: torch.Tensor
+    scale_lse: torch.Tensor | None
     opened_lse: torch.Tensor
     chosen: torch.Tensor
 
@@ -66,10 +66,10 @@ class Call(joint.Call):
     def _run_grid(self) -> tuple[int, int]:
         return -(-self._choices // self.tuning.run), self.g
 
-    def choice(self, keys: torch.Tensor, scale_lse: torch.Tensor, chosen: torch.Tensor) -> Launch:
+    def choice(self, keys: torch.Tensor, chosen: torch.Tensor) -> Launch:
         tiles, heads = self.tuning.choice, _power_of_2(self.n // self.g)
         rows = max(tiles.rows // heads, 1)
-        tensors = (self._queries(), self._keys(keys), self._places(), scale_lse, chosen)
+        tensors = (self._queries(), self._keys(keys), self._places(), chosen)
         sizes = {"ROWS": rows, "HEADS": heads, "KEYS": tiles.keys, "PLACES": _power_of_2(self.spec.refine.blocks)}
         return self._launch(choose_kernel, (-(-self.rows // rows), self.g), tiles, *tensors, **sizes)
 
@@ -97,14 +97,14 @@ class Call(joint.Call):
         grid = (-(-self.rows // _ROWS.rows), self.n)
         return self._launch(join_kernel, grid, _ROWS, *tensors, ROWS=_ROWS.rows)
 
-    def forward_opened(self) -> Forward:
+    def forward_opened(self, with_weights: bool) -> Forward:
         out = self._empty(self.rows, self.n, self.d, dtype=self.q.dtype)
         lse, opened_lse = self._empty(self.n, self.rows), self._empty(self.n, self.rows)
-        scale_lse = self._empty(self.rows, self.n, self.spec.scales)
+        scale_lse = self._empty(self.rows, self.n, self.spec.scales) if with_weights else None
         keys = self.prepared_keys()
         self.attention(keys, out, lse, scale_lse, None).run()
         chosen = self._empty(self.g, self.rows, self.spec.refine.blocks, dtype=torch.int32)
-        self.choice(keys, scale_lse, chosen).run()
+        self.choice(keys, chosen).run()
         lists = self.lists(chosen)
         for groups in self._portions():
             heads = self._heads_of(groups)

@@ -43,7 +43,7 @@ def listed_rows(lists, group, at, stop, key, LINES: tl.constexpr, SHAPE: tl.cons
     line = at + tl.arange(0, LINES)
     base = group.to(tl.int64) * lists.length
     own = tl.load(lists.keys + base + line, mask=line < stop, other=-1) == key
-    place = tl.load(lists.order + base + line, mask=own, other=0).to(tl.int32) % lists.length
+    place = (tl.load(lists.order + base + line, mask=own, other=0) % lists.length).to(tl.int32)
     return place, place // SHAPE.blocks, own
 
 
@@ -51,6 +51,18 @@ def listed_rows(lists, group, at, stop, key, LINES: tl.constexpr, SHAPE: tl.cons
 def key_at(lists, group, at, stop):
     """The key of a place in a group's list; -1, which none is, from `stop` on."""
     return tl.load(lists.keys + group.to(tl.int64) * lists.length + at, mask=at < stop, other=-1)
+
+
+@triton.jit
+def first_opened(lists, group, at, stop, LINES: tl.constexpr):
+    """The first of the places [at, stop) with a block, or stop: those without one come first."""
+    passed = LINES
+    while passed == LINES:
+        line = at + tl.arange(0, LINES)
+        key = tl.load(lists.keys + group.to(tl.int64) * lists.length + line, mask=line < stop, other=1)
+        passed = tl.sum((key % lists.stride == 0).to(tl.int32))
+        at += passed
+    return at
 
 
 @triton.jit
@@ -66,10 +78,10 @@ def first_child(block, places, SHAPE: tl.constexpr):
 
 @triton.jit
 def opened_tile(keys, group, block, places, SHAPE: tl.constexpr, CHILDREN: tl.constexpr):
-    """Keys and values [children, d] of a block, and which of the tile's lines are children: none of block -1."""
+    """Keys and values [children, d] of a block, and which of the tile's lines are children."""
     WIDTH: tl.constexpr = 2 * SHAPE.half
     child, channels = tl.arange(0, CHILDREN), tl.arange(0, WIDTH)
-    real = (child < stride_of(SHAPE.ratio, SHAPE.from_scale - SHAPE.to_scale)) & (block >= 0)
+    real = child < stride_of(SHAPE.ratio, SHAPE.from_scale - SHAPE.to_scale)
     key_base, value_base, value_stride = slots_of_scale(keys, group, places, SHAPE.to_scale, SHAPE)
     slot = first_child(block, places, SHAPE) + child
     key_tile = tl.load(key_base + slot[:, None] * WIDTH + channels[None, :], mask=real[:, None], other=0.0)
@@ -133,14 +145,14 @@ def attend_opened_kernel(
     unit: tl.constexpr = LOG2_E / (2 * SHAPE.half) ** 0.5
     group, at = tl.program_id(1), tl.program_id(0) * RUN
     stop = tl.minimum(at + RUN, lists.length)
+    at = first_opened(lists, group, at, stop, LINES)
     channels = tl.arange(0, 2 * SHAPE.half)
     while at < stop:
         key, block = listed_block(lists, group, at)
         key_tile, value_tile, child = opened_tile(keys, group, block, places, SHAPE, CHILDREN)
         next_key = key
         while next_key == key:
-            place, row, own = listed_rows(lists, group, at, stop, key, LINES, SHAPE)
-            real = own & (block >= 0)
+            place, row, real = listed_rows(lists, group, at, stop, key, LINES, SHAPE)
             for head in tl.range(group * n_per_group, (group + 1) * n_per_group):
                 query, offset = load_opening(opening, row, head, real, places, SHAPE)
                 logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision) * unit + offset[:, None]
@@ -154,7 +166,7 @@ def attend_opened_kernel(
                 output = (output * (1 / mass)[:, None]).to(made.outs.dtype.element_ty)
                 tl.store(out_at, output, mask=real[:, None])
                 tl.store(made.lses + line, top + tl.log2(mass), mask=real)
-            at += tl.sum(own.to(tl.int32))
+            at += tl.sum(real.to(tl.int32))
             next_key = key_at(lists, group, at, stop)
 
 
@@ -189,6 +201,7 @@ def join_kernel(
         fused += tl.load(part_at, mask=here[:, None], other=0.0).to(tl.float32) * weight[:, None]
         mass += weight
     fused = fused * (1 / (own_weight + mass))[:, None]
+    tl.debug_barrier()  # every warp has read what one of them now writes over
     out_at = out.tensor + head * out.head_stride + row.to(tl.int64)[:, None] * out.row_stride + channels[None, :]
     tl.store(out_at, fused.to(out.tensor.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + of_head, top + tl.log2(own_weight + mass), mask=inside)

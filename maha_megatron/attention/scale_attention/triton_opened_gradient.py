@@ -16,6 +16,7 @@ from maha_megatron.attention.scale_attention.triton_forward import LOG2_E
 from maha_megatron.attention.scale_attention.triton_key_gradient import load_rows
 from maha_megatron.attention.scale_attention.triton_opened_forward import (
     first_child,
+    first_opened,
     key_at,
     listed_block,
     listed_rows,
@@ -76,7 +77,8 @@ def opened_gradient_kernel(
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     WIDTH: tl.constexpr = 2 * SHAPE.half
     group, run = tl.program_id(1), tl.program_id(0)
-    at, stop = run * RUN, tl.minimum(run * RUN + RUN, lists.length)
+    stop = tl.minimum(run * RUN + RUN, lists.length)
+    at = first_opened(lists, group, run * RUN, stop, LINES)
     channels, child_line = tl.arange(0, WIDTH), tl.arange(0, CHILDREN)
     while at < stop:
         begin = at
@@ -86,8 +88,7 @@ def opened_gradient_kernel(
         grad_value = tl.zeros([CHILDREN, WIDTH], tl.float32)
         next_key = key
         while next_key == key:
-            place, row, own = listed_rows(lists, group, at, stop, key, LINES, SHAPE)
-            real = own & (block >= 0)
+            place, row, real = listed_rows(lists, group, at, stop, key, LINES, SHAPE)
             for head in tl.range(group * n_per_group, (group + 1) * n_per_group):
                 query, offset = load_opening(opening, row, head, real, places, SHAPE)
                 delta = tl.load(opening.delta + (head * places.rows).to(tl.int64) + row, mask=real, other=0.0)
@@ -103,7 +104,7 @@ def opened_gradient_kernel(
                 tl.store(turned_at, turned.to(made.turned.dtype.element_ty), mask=real[:, None])
                 grad_value = tl.dot(weight.to(operand).T, grad, grad_value, input_precision=SHAPE.precision)
                 grad_key = tl.dot(grad_logits.T, query, grad_key, input_precision=SHAPE.precision)
-            at += tl.sum(own.to(tl.int32))
+            at += tl.sum(real.to(tl.int32))
             next_key = key_at(lists, group, at, stop)
         before, behind = continues(lists, group, begin), (at < lists.length) & continues(lists, group, at)
         shared = at_run(opened, group, run, tl.where(before, 0, 1), SHAPE, CHILDREN)

@@ -82,7 +82,7 @@ def refined_attention(
     """
     tensors = (q, query_gain, key_gain, rho, beta, document_start, keys, values)
     call = _call(*tensors, ratio, windows, past_slots, refine, rope_base, norm_epsilon, tiles)
-    found = call.forward_opened()
+    found = call.forward_opened(with_weights)
     weights = found.lse.new_empty(0)
     if with_weights:
         parts = torch.cat((found.scale_lse, found.opened_lse.T[..., None]), -1)

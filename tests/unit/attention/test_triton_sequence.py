@@ -80,7 +80,7 @@ def test_it_is_made_of_well_formed_operators(apart):
 
 
 @pytest.mark.parametrize(("lse_utility", "numbers"), [(True, 1), (False, 1 + SPEC.scales)])
-def test_backward_keeps_what_dense_attention_keeps(lse_utility, numbers):
+def test_backward_keeps_no_level(lse_utility, numbers):
     """q, k, v, the output and one number per row and head, without LSE one more a scale; learned tensors aside, which
     are there anyway.
     """
