@@ -14,7 +14,7 @@ SHARED_BYTES = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 # by triton 3.6, between scales or programs, never in the loop over keys or rows (nvdisasm); of games at any width
 OF_GAMES = {"equilibrium, a game, 8 scales": 16, "continuation, a game": 8, "continuation, nash": 8}
 SPILLED_BYTES = {
-    32: OF_GAMES,
+    32: OF_GAMES | {"opened keys' gradients": 8},
     64: OF_GAMES | {"opened keys' gradients, 3 heads a group": 32},  # 168 registers, so a third program fits
     128: OF_GAMES
     | {
