@@ -14,6 +14,7 @@ from maha_megatron.attention.scale_attention.triton_ops import (
     empty_outputs,
     in_turn,
     of_inputs,
+    tensors_of,
 )
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec, Refinement
@@ -36,14 +37,7 @@ def attend_opening(
     tuning = tuning or tuning_for(q_tnd.dtype.itemsize, capability_of(q_tnd.device))
     refine = spec.refine
     out, _, weights, _ = refined_attention(
-        q_tnd,
-        parameters.query_gain,
-        parameters.key_gain,
-        parameters.utility_query,
-        parameters.utility_bias,
-        document_start_t,
-        [keys for keys, _ in levels],
-        [values for _, values in levels],
+        *tensors_of(q_tnd, levels, document_start_t, parameters),
         spec.ratio,
         list(spec.windows),
         list(past_slots),

@@ -33,14 +33,7 @@ def attend_jointly(
     """
     tuning = tuning or tuning_for(q_tnd.dtype.itemsize, capability_of(q_tnd.device))
     out, _, _, weights = joint_attention(
-        q_tnd,
-        parameters.query_gain,
-        parameters.key_gain,
-        parameters.utility_query,
-        parameters.utility_bias,
-        document_start_t,
-        [keys for keys, _ in levels],
-        [values for _, values in levels],
+        *tensors_of(q_tnd, levels, document_start_t, parameters),
         spec.ratio,
         list(spec.windows),
         list(past_slots),
@@ -51,6 +44,17 @@ def attend_jointly(
         numbers_of(tuning),
     )
     return out, weights if with_weights else None
+
+
+def tensors_of(
+    q_tnd: torch.Tensor,
+    levels: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    document_start_t: torch.Tensor,
+    parameters: AttentionParameters,
+) -> tuple:
+    """What every operator over given levels takes first."""
+    learned = (parameters.query_gain, parameters.key_gain, parameters.utility_query, parameters.utility_bias)
+    return q_tnd, *learned, document_start_t, [keys for keys, _ in levels], [values for _, values in levels]
 
 
 def is_one_softmax(spec: MahaSpec) -> bool:

@@ -218,21 +218,28 @@ def load_outputs(out, grad_out, places, made, start, row, head, SHAPE: tl.conste
 
 
 @triton.jit
-def own_delta(query, grad, offset, unit, sight, keys, group, places, scale, SHAPE: tl.constexpr, KEYS: tl.constexpr):
-    """<dO, O_l> of every line, by the scale's own softmax; `offset`: -LSE_l in units of log 2."""
+def weights_of_tile(query, grad, offset, unit, sight, slots, at, SHAPE: tl.constexpr, KEYS: tl.constexpr):
+    """P and dP [lines, keys] of the keys from slot `at` on, and those keys; `slots`: as slots_of_scale gives them."""
     WIDTH: tl.constexpr = 2 * SHAPE.half
     key, channels = tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
-    value_offset = key[:, None] * value_stride + channels[None, :]
-    delta, end = tl.zeros_like(offset), sight[3]
-    for at in tl.range(sight[2], end, KEYS):
-        real = (key < end - at)[:, None]
-        key_at = key_base + at * WIDTH + key[:, None] * WIDTH + channels[None, :]
-        key_tile = tl.load(key_at, mask=real, other=0.0)
-        value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
-        logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
-        grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
-        weight = tl.exp2(only_seen(logits * unit[:, None] + offset[:, None], key, at, sight, KEYS))
+    key_base, value_base, value_stride = slots
+    real = (key < sight[3] - at)[:, None]
+    key_at = key_base + at * WIDTH + key[:, None] * WIDTH + channels[None, :]
+    value_at = value_base + at * value_stride + (key[:, None] * value_stride + channels[None, :])
+    key_tile, value_tile = tl.load(key_at, mask=real, other=0.0), tl.load(value_at, mask=real, other=0.0)
+    logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
+    grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
+    weight = tl.exp2(only_seen(logits * unit[:, None] + offset[:, None], key, at, sight, KEYS))
+    return weight, grad_weight, key_tile
+
+
+@triton.jit
+def own_delta(query, grad, offset, unit, sight, keys, group, places, scale, SHAPE: tl.constexpr, KEYS: tl.constexpr):
+    """<dO, O_l> of every line, by the scale's own softmax; `offset`: -LSE_l in units of log 2."""
+    slots = slots_of_scale(keys, group, places, scale, SHAPE)
+    delta = tl.zeros_like(offset)
+    for at in tl.range(sight[2], sight[3], KEYS):
+        weight, grad_weight, _ = weights_of_tile(query, grad, offset, unit, sight, slots, at, SHAPE, KEYS)
         delta += tl.sum(weight * grad_weight, 1)
     return delta
 
@@ -255,21 +262,11 @@ def add_query_gradient(
     SUMS: tl.constexpr,
 ):
     """What one scale's keys ask of turned queries; with SUMS, also the sums of dS and of P of every line."""
-    WIDTH: tl.constexpr = 2 * SHAPE.half
     operand: tl.constexpr = keys.prepared.dtype.element_ty
-    key, channels = tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    key_base, value_base, value_stride = slots_of_scale(keys, group, places, scale, SHAPE)
-    value_offset = key[:, None] * value_stride + channels[None, :]
+    slots = slots_of_scale(keys, group, places, scale, SHAPE)
     of_logits, of_weights = tl.zeros_like(delta), tl.zeros_like(delta)
-    end = sight[3]
-    for at in tl.range(sight[2], end, KEYS):
-        real = (key < end - at)[:, None]
-        key_at = key_base + at * WIDTH + key[:, None] * WIDTH + channels[None, :]
-        key_tile = tl.load(key_at, mask=real, other=0.0)
-        value_tile = tl.load(value_base + at * value_stride + value_offset, mask=real, other=0.0)
-        logits = tl.dot(query, key_tile.T, input_precision=SHAPE.precision)
-        grad_weight = tl.dot(grad, value_tile.T, input_precision=SHAPE.precision)
-        weight = tl.exp2(only_seen(logits * unit[:, None] + offset[:, None], key, at, sight, KEYS))
+    for at in tl.range(sight[2], sight[3], KEYS):
+        weight, grad_weight, key_tile = weights_of_tile(query, grad, offset, unit, sight, slots, at, SHAPE, KEYS)
         grad_logits = weight * (grad_weight - delta[:, None])
         if SUMS:
             of_logits += tl.sum(grad_logits, 1)

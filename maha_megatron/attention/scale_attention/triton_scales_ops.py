@@ -12,6 +12,7 @@ from maha_megatron.attention.scale_attention.triton_ops import (
     capability_of,
     in_turn,
     of_inputs,
+    tensors_of,
 )
 from maha_megatron.attention.scale_attention.triton_scales import Call, Given
 from maha_megatron.attention.scale_attention.triton_tuning import Tuning, numbers_of, tuning_for
@@ -34,14 +35,7 @@ def attend_scales(
     """
     tuning = tuning or tuning_for(q_tnd.dtype.itemsize, capability_of(q_tnd.device))
     outs, lses, utilities = scales_attention(
-        q_tnd,
-        parameters.query_gain,
-        parameters.key_gain,
-        parameters.utility_query,
-        parameters.utility_bias,
-        document_start_t,
-        [keys for keys, _ in levels],
-        [values for _, values in levels],
+        *tensors_of(q_tnd, levels, document_start_t, parameters),
         spec.ratio,
         list(spec.windows),
         list(past_slots),
