@@ -14,7 +14,7 @@ from typing import Any
 
 from maha_megatron import scales
 from maha_megatron.config import accounting, aggregation_cost
-from maha_megatron.config.derive import layer_attention, maha_windows, uses_maha
+from maha_megatron.config.derive import layer_attention, maha_windows, scaled_kinds
 from maha_megatron.config.load import load_config, load_fragments
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import MahaError
@@ -49,7 +49,7 @@ def flops_report(config: Config) -> dict[str, Any]:
     return {
         "sequence_tokens": config.data.sequence_tokens,
         "layers": {kind: kinds.count(kind) for kind in ("maha", "refined", "dense")},
-        "windows": list(maha_windows(config)) if uses_maha(config) else [],
+        "windows": {kind: list(maha_windows(config, kind)) for kind in scaled_kinds(config)},
         "parameters": accounting.parameter_counts(config),
         "total_parameters": accounting.total_parameters(config),
         **accounting.attention_savings(config),
@@ -58,7 +58,7 @@ def flops_report(config: Config) -> dict[str, Any]:
             for kind, flops in accounting.attention_flops(config, config.data.sequence_tokens).items()
             if kind in kinds or kind == "dense"
         },
-        "notes": _notes(config) if uses_maha(config) else [],
+        "notes": list(dict.fromkeys(note for kind in scaled_kinds(config) for note in _notes(config, kind))),
         "forward_flops_per_token": terms,
         "training_flops_per_token": accounting.training_flops_per_token(config),
         "attention_share_frac": accounting.attention_share(config),
@@ -67,9 +67,9 @@ def flops_report(config: Config) -> dict[str, Any]:
     }
 
 
-def _notes(config: Config) -> list[str]:
+def _notes(config: Config, kind: str) -> list[str]:
     """What is assumed, or left out, in counting how the scales are fused; empty where everything is counted."""
-    maha, levels = config.maha, len(maha_windows(config))
+    maha, levels = config.maha, len(maha_windows(config, kind))
     if maha.aggregation == "program":
         return [f"the solver of {maha.program} is not counted: what a stated program costs has to be measured"]
     if levels == 1 or maha.aggregation == "mean" or (maha.aggregation, maha.coupling) == ("convex", "none"):
@@ -96,8 +96,9 @@ def _shares(sequence_tokens: int) -> dict[str, dict[str, float]]:
 def _tables(report: dict[str, Any]) -> str:
     layers = ", ".join(f"{count} {kind}" for kind, count in report["layers"].items() if count)
     parameters = format_count(report["total_parameters"])
+    windows = "".join(f", windows of {kind} layers {windows}" for kind, windows in report["windows"].items())
     lines = [
-        f"{parameters} parameters, layers: {layers}, {report['sequence_tokens']} tokens, windows {report['windows']}",
+        f"{parameters} parameters, layers: {layers}, {report['sequence_tokens']} tokens{windows}",
         "",
         "attention saved against dense in every layer",
         f"  visible pairs        {report['saved_frac_pairs']:7.1%}",

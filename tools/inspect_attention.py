@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 
 from maha_megatron.attention import mask_drawing
 from maha_megatron.config import programs
-from maha_megatron.config.derive import layer_attention, maha_windows, uses_maha
+from maha_megatron.config.derive import layer_attention, maha_windows, scaled_kinds
 from maha_megatron.config.load import load_config
 from maha_megatron.errors import ConfigError, DataError, exit_code_of
 
@@ -65,20 +65,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def draw_masks(options: argparse.Namespace) -> None:
     """Print the masks of a configuration."""
     config = load_config(options.config, options.set)
-    if not uses_maha(config):
+    if not scaled_kinds(config):
         raise ConfigError("model.attention has no maha layer: a dense layer sees every row up to its own")
-    ratio, windows = config.maha.ratio, maha_windows(config)
     lengths = options.documents or [config.data.sequence_tokens]
     if min(lengths) < 1:
         raise ConfigError("--documents: every document needs at least one row")
+    by_windows = {maha_windows(config, kind): kind for kind in scaled_kinds(config)}
+    for windows, kind in by_windows.items():
+        if len(by_windows) > 1:
+            print(f"layers of kind {kind}")
+        _draw(windows, lengths, config.maha.ratio, options)
+    if "refined" in layer_attention(config):
+        print(f"not drawn: {config.refine.blocks} blocks that rows of a refined layer open, which depend on the text")
+
+
+def _draw(windows: tuple[int, ...], lengths: Sequence[int], ratio: int, options: argparse.Namespace) -> None:
+    """Print the masks of one kind of layers."""
     total = sum(lengths)
     for row in options.rows or mask_drawing.telling_rows(total, ratio, windows):
         if not 0 <= row < total:
             raise ConfigError(f"--rows {row}: the sequence has rows 0 to {total - 1}")
         print(mask_drawing.draw_row(row, lengths, ratio, windows, options.width), end="\n\n")
     print(mask_drawing.LEGEND, mask_drawing.SCALED_LEGEND, sep="\n")
-    if "refined" in layer_attention(config):
-        print(f"not drawn: {config.refine.blocks} blocks that rows of a refined layer open, which depend on the text")
     if total <= mask_drawing.LONGEST_MATRIX_ROWS:
         print("", mask_drawing.draw_matrix(lengths, ratio, windows), sep="\n")
 
@@ -102,7 +110,8 @@ def look_at_text(options: argparse.Namespace) -> None:
     layers = inspect_layers(trained.model, tokens, lambda layer: _say(f"layer {layer} done"))
     pieces = [trained.tokenizer.decode([token]) for token in tokens]
     folder = options.output or checkpoint.parents[1] / "attention" / checkpoint.name
-    facts = {"checkpoint": str(checkpoint), "windows": maha_windows(trained.config), "ratio": trained.config.maha.ratio}
+    windows = {kind: maha_windows(trained.config, kind) for kind in scaled_kinds(trained.config)}
+    facts = {"checkpoint": str(checkpoint), "windows": windows, "ratio": trained.config.maha.ratio}
     written = write_report(folder, layers, pieces, facts)
     compat.shutdown()
     for index, layer in layers.items():

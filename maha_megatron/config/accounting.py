@@ -68,8 +68,8 @@ def _operator_parameters(config: Config, kind: str) -> int:
     count = CONVOLUTION_TAPS * (n + 2 * g) * d if section.convolution else 0
     if kind != "dense" or config.dense.qk_norm:
         count += (n + g) * d
-    levels = len(maha_windows(config))
-    if kind == "dense" or levels == 1:
+    levels = 1 if kind == "dense" else len(maha_windows(config, kind))
+    if levels == 1:
         return count
     return count + _scale_parameters(config, levels, levels + (kind == "refined"))
 
@@ -123,9 +123,9 @@ def attention_flops(config: Config, sequence_tokens: int) -> dict[str, dict[str,
 def _maha_flops(config: Config, rows: int, kind: str) -> dict[str, float]:
     """Terms of a layer of kind maha or refined."""
     n, g, d = config.model.heads, config.model.kv_groups, config.model.head_width
-    levels, maha = len(maha_windows(config)), config.maha
+    levels, maha = len(maha_windows(config, kind)), config.maha
     branches = levels + (kind == "refined")
-    blocks = _blocks(config, rows)
+    blocks = _blocks(config, rows, kind)
     children = maha.ratio * sum(blocks[1:])
     per_child = {"gated": 4 * d + 1, "conv": 2 * d, "mean": d, "max": d}[maha.downsampling]
     pooled = maha.queries == "pooled"
@@ -159,13 +159,13 @@ def _convolution_flops(config: Config, rows: int) -> int:
 def _openable_spans(config: Config, rows: int) -> list[tuple[int, int]]:
     """(rows, blocks that each of them may open), over a document of `rows` rows."""
     refine = config.refine
-    ratio, windows = config.maha.ratio, maha_windows(config)
+    ratio, windows = config.maha.ratio, maha_windows(config, "refined")
     return list(scales.openable_spans(rows, ratio, windows, refine.from_scale, refine.to_scale))
 
 
-def _blocks(config: Config, rows: int) -> list[int]:
-    """Complete blocks of each scale in a document of `rows` rows."""
-    strides = [scales.stride(config.maha.ratio, level) for level in range(len(maha_windows(config)))]
+def _blocks(config: Config, rows: int, kind: str) -> list[int]:
+    """Complete blocks of each scale of a layer of kind maha or refined, in a document of `rows` rows."""
+    strides = [scales.stride(config.maha.ratio, level) for level in range(len(maha_windows(config, kind)))]
     return [scales.complete_blocks(rows, stride) for stride in strides]
 
 
@@ -175,9 +175,9 @@ def _pairs(config: Config, rows: int, kind: str, count: Callable[..., list[int]]
     Pooled queries pair blocks with blocks: within a scale it is a window over its blocks. Rows that open anything load
     all the blocks they could: a tile has the keys of one row and KV group.
     """
-    ratio, windows, refine = config.maha.ratio, maha_windows(config), config.refine
+    ratio, windows, refine = config.maha.ratio, maha_windows(config, kind), config.refine
     if config.maha.queries == "pooled":
-        blocks = _blocks(config, rows)
+        blocks = _blocks(config, rows, kind)
         return sum(sum(count(number, ratio, (window,))) for number, window in zip(blocks, windows, strict=True))
     pairs = sum(count(rows, ratio, windows))
     if kind == "refined":

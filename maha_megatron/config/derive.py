@@ -10,14 +10,28 @@ def layer_attention(config: Config) -> tuple[str, ...]:
     return tuple(pattern[layer % len(pattern)] for layer in range(config.model.layers))
 
 
+def scaled_kinds(config: Config) -> tuple[str, ...]:
+    """The kinds of layers that read scales, of those that the model has: "maha", "refined", both or none."""
+    return tuple(kind for kind in ("maha", "refined") if kind in config.model.attention)
+
+
 def uses_maha(config: Config) -> bool:
     """Whether any layer reads scales, with section maha: a MAHA layer, or a refined one, which is MAHA and more."""
-    return not {"maha", "refined"}.isdisjoint(config.model.attention)
+    return bool(scaled_kinds(config))
 
 
-def maha_windows(config: Config) -> tuple[int, ...]:
-    """Complete blocks visible at each scale, finest first: maha.windows, or the default for data.sequence_tokens."""
-    return config.maha.windows or scales.default_windows(config.data.sequence_tokens, config.maha.ratio)
+def windows_key(config: Config, kind: str) -> str:
+    """The key that a layer of `kind` "maha" or "refined" has its windows from."""
+    return "refine.windows" if kind == "refined" and config.refine.windows else "maha.windows"
+
+
+def maha_windows(config: Config, kind: str) -> tuple[int, ...]:
+    """Complete blocks visible at each scale of a layer of `kind` "maha" or "refined", finest first.
+
+    What `windows_key` names; where that is empty, the default for data.sequence_tokens.
+    """
+    given = config.refine.windows if windows_key(config, kind) == "refine.windows" else config.maha.windows
+    return given or scales.default_windows(config.data.sequence_tokens, config.maha.ratio)
 
 
 def padded_vocabulary(config: Config) -> int:

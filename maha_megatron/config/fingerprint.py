@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from maha_megatron.config.derive import layer_attention, maha_windows, padded_vocabulary, uses_maha
+from maha_megatron.config.derive import layer_attention, maha_windows, padded_vocabulary, scaled_kinds, uses_maha
 from maha_megatron.config.load import config_from_dict
 from maha_megatron.config.schema import Config
 
@@ -58,9 +58,11 @@ def model_description(config: Config) -> dict[str, Any]:
     description["model.attention"] = list(kinds)
     if uses_maha(config):
         description |= {f"maha.{key}": getattr(config.maha, key) for key in _MAHA_KEYS}
-        description["maha.windows"] = list(maha_windows(config))
+        description["maha.windows"] = list(maha_windows(config, scaled_kinds(config)[0]))
     if "refined" in kinds:
         description |= {f"refine.{key}": getattr(config.refine, key) for key in _REFINE_KEYS}
+        if maha_windows(config, "refined") != tuple(description["maha.windows"]):
+            description["refine.windows"] = list(maha_windows(config, "refined"))
     if "dense" in kinds:
         description |= {f"dense.{key}": getattr(config.dense, key) for key in _DENSE_KEYS}
     return description

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from maha_megatron.config.derive import maha_windows, uses_maha
+from maha_megatron.config.derive import maha_windows, scaled_kinds, windows_key
 from maha_megatron.config.rules import check_config
 from maha_megatron.config.schema import Config
 from maha_megatron.errors import ConfigError
@@ -90,6 +90,7 @@ def dump_yaml(config: Config) -> str:
     comment beside it tells which windows data.sequence_tokens gives.
     """
     tree, lines = config_to_dict(config), []
+    by_default = [kind for kind in scaled_kinds(config) if windows_key(config, kind) == "maha.windows"]
     for section in dataclasses.fields(Config):
         lines += ["", f"{section.name}:"]
         for key in dataclasses.fields(section.default_factory):
@@ -98,8 +99,8 @@ def dump_yaml(config: Config) -> str:
             text = yaml.safe_dump([value], sort_keys=False, default_flow_style=True, width=math.inf).strip()[1:-1]
             lines += textwrap.wrap(key.metadata["help"], width=110, initial_indent="  # ", subsequent_indent="  # ")
             lines.append(f"  {key.name}: {text}")
-            if (section.name, key.name) == ("maha", "windows") and not value and uses_maha(config):
-                lines[-1] += f"  # here {list(maha_windows(config))}"
+            if (section.name, key.name) == ("maha", "windows") and not value and by_default:
+                lines[-1] += f"  # here {list(maha_windows(config, by_default[0]))}"
     return "\n".join(lines[1:]) + "\n"
 
 

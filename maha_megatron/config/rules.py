@@ -17,7 +17,9 @@ from maha_megatron.config.derive import (
     maha_windows,
     micro_batch_tokens,
     padded_vocabulary,
+    scaled_kinds,
     uses_maha,
+    windows_key,
 )
 from maha_megatron.config.refine_rules import REFINE_RULES
 from maha_megatron.config.schema import Config, Maha, Model, Optimizer, Schedule, Zero
@@ -103,54 +105,66 @@ def embedding_start_is_used(config: Config) -> str | None:
 
 def windows_are_possible(config: Config) -> str | None:
     """Ratio, number of scales and window sizes that the operator is defined for, and nothing out of reach."""
-    if not uses_maha(config):
-        return None
-    ratio, windows, tokens = config.maha.ratio, maha_windows(config), config.data.sequence_tokens
-    if ratio not in scales.RATIOS:
+    ratio = config.maha.ratio
+    if uses_maha(config) and ratio not in scales.RATIOS:
         return f"maha.ratio = {ratio} is not in {scales.RATIOS.start}..{scales.RATIOS.stop - 1}; 4 is the usual one"
+    return _first_told(_impossible_windows, config)
+
+
+def _first_told(rule: Callable[[Config, str], str | None], config: Config) -> str | None:
+    """What `rule` says of the first kind of layers whose windows break it."""
+    return next((told for kind in scaled_kinds(config) if (told := rule(config, kind))), None)
+
+
+def _impossible_windows(config: Config, kind: str) -> str | None:
+    key, windows = windows_key(config, kind), maha_windows(config, kind)
+    ratio, tokens = config.maha.ratio, config.data.sequence_tokens
     if len(windows) > scales.MAX_SCALES:
         return (
-            f"maha.windows has {len(windows)} scales, at most {scales.MAX_SCALES} are possible; raise maha.ratio = "
-            f"{ratio} or use {_proposal(config)}"
+            f"{key} has {len(windows)} scales, at most {scales.MAX_SCALES} are possible; raise maha.ratio = "
+            f"{ratio} or use {_proposal(config, key)}"
         )
     for scale, window in enumerate(windows):
         last = scale == len(windows) - 1
         least = 1 if last else ratio - 1
         if window < least:
             why = "must see a block" if last else f"leaves holes below {least} = maha.ratio - 1"
-            return f"maha.windows[{scale}] = {window}: scale {scale} {why}; use at least {least}"
+            return f"{key}[{scale}] = {window}: scale {scale} {why}; use at least {least}"
     coarsest = len(windows) - 1
     if coarsest and not scales.complete_blocks(tokens, scales.stride(ratio, coarsest)):
         return (
-            f"maha.windows: a block of scale {coarsest} has {scales.stride(ratio, coarsest)} rows and "
-            f"data.sequence_tokens = {tokens} never completes one; use {_proposal(config)}"
+            f"{key}: a block of scale {coarsest} has {scales.stride(ratio, coarsest)} rows and "
+            f"data.sequence_tokens = {tokens} never completes one; use {_proposal(config, key)}"
         )
     return None
 
 
 def windows_reach_sequence(config: Config) -> str | None:
-    ratio, windows, tokens = config.maha.ratio, maha_windows(config), config.data.sequence_tokens
-    if not (uses_maha(config) and config.maha.full_reach):
-        return None
+    return _first_told(_short_windows, config) if config.maha.full_reach else None
+
+
+def _short_windows(config: Config, kind: str) -> str | None:
+    key, windows = windows_key(config, kind), maha_windows(config, kind)
+    ratio, tokens = config.maha.ratio, config.data.sequence_tokens
     row = scales.first_unreached_row(tokens, ratio, windows)
     if row is not None:
         return (
-            f"maha.windows = {list(windows)} cannot reach data.sequence_tokens = {tokens}: from row {row} on, the "
-            f"document's start is out of sight; use {_proposal(config)}, or maha.full_reach: false if a bounded "
+            f"{key} = {list(windows)} cannot reach data.sequence_tokens = {tokens}: from row {row} on, the "
+            f"document's start is out of sight; use {_proposal(config, key)}, or maha.full_reach: false if a bounded "
             "sight is meant"
         )
     return None
 
 
-def _proposal(config: Config) -> str:
-    """The default windows, at the configured ratio if it allows them."""
+def _proposal(config: Config, key: str) -> str:
+    """The default windows for `key`, at the configured ratio if it allows them."""
     tokens = config.data.sequence_tokens
     for ratio in (config.maha.ratio, 4, 8):
         default = scales.default_windows(tokens, ratio)
         if ratio in scales.RATIOS and len(default) <= scales.MAX_SCALES:
             break
     with_ratio = "" if ratio == config.maha.ratio else f" with maha.ratio: {ratio}"
-    return f"maha.windows: {list(default)}{with_ratio}"
+    return f"{key}: {list(default)}{with_ratio}"
 
 
 # -------------------------------------------------------------------------------------------------------- parallel
@@ -327,6 +341,10 @@ _NOT_READ = {
 }
 
 
+def _one_scale(config: Config) -> bool:
+    return all(len(maha_windows(config, kind)) == 1 for kind in scaled_kinds(config))
+
+
 def attention_keys_have_effect(config: Config) -> str | None:
     """Settings of an attention that no layer uses. maha.backend is exempt: it also chooses that of dense layers."""
     kinds = set(config.model.attention)
@@ -336,7 +354,7 @@ def attention_keys_have_effect(config: Config) -> str | None:
     if not uses_maha(config):
         keys = [field.name for field in dataclasses.fields(Maha) if field.name != "backend"]
         unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), keys)]
-    elif len(maha_windows(config)) == 1:
+    elif _one_scale(config):
         unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), _SEVERAL_SCALES_ONLY)]
         if config.maha.windows:  # without given windows the ratio decides how many scales there are
             unused += [f"maha.{key}" for key in _changed(config.maha, Maha(), ("ratio",))]
@@ -349,7 +367,7 @@ def attention_keys_have_effect(config: Config) -> str | None:
 
 def aggregation_keys_have_effect(config: Config) -> str | None:
     """Settings of fusing the scales that the chosen aggregation does not read."""
-    if not uses_maha(config) or len(maha_windows(config)) == 1:
+    if not uses_maha(config) or _one_scale(config):
         return None  # said by attention_keys_have_effect
     aggregation = config.maha.aggregation
     keys, why = _NOT_READ[aggregation]

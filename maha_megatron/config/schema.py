@@ -170,6 +170,11 @@ class Refine:
         help="Blocks that each row and KV group opens, of those beyond the window of to_scale; all, where fewer are.",
         minimum=1,
     )
+    windows: tuple[int, ...] = leaf(
+        (),
+        owner="attention",
+        help="Windows of refined layers, as maha.windows has them; empty: those of maha.windows.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def stated_program(config: Config, allowed: str | None) -> Callable | None:
     name = allowed_program(config, allowed)
     if name is None:
         return None
-    return load_program(name, scales=len(maha_windows(config)), coupling=config.maha.coupling)
+    return load_program(name, scales=len(maha_windows(config, "maha")), coupling=config.maha.coupling)
 
 
 def maha_spec(config: Config, kind: str, program: Callable | None = None) -> MahaSpec:
@@ -49,7 +49,7 @@ def maha_spec(config: Config, kind: str, program: Callable | None = None) -> Mah
         program = absent_program
     return MahaSpec(
         ratio=config.maha.ratio,
-        windows=maha_windows(config),
+        windows=maha_windows(config, kind),
         downsampling=config.maha.downsampling,
         key_map=config.maha.key_map,
         queries=config.maha.queries,

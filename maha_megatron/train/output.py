@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from maha_megatron.config.accounting import total_parameters, training_flops_per_token
-from maha_megatron.config.derive import maha_windows
+from maha_megatron.config.derive import layer_attention, maha_windows
 from maha_megatron.config.schema import Config
 from maha_megatron.data.loader import SourceShare
 from maha_megatron.errors import TrainingError
@@ -153,9 +153,10 @@ class RunOutput:
             **self._throughput.take(),
             "memory_bytes": peak_memory_bytes(),
         }
-        branches = [*(f"scale_{scale}" for scale in range(len(maha_windows(self._config)))), "opened"]
+        kinds = layer_attention(self._config)
         for layer, weights in result.scale_weights.items():
-            names = branches[: len(weights)]
+            names = [f"scale_{scale}" for scale in range(len(maha_windows(self._config, kinds[layer])))]
+            names += ["opened"] if kinds[layer] == "refined" else []
             row |= {f"scale_weight/layer_{layer:02d}/{name}": x for name, x in zip(names, weights, strict=True)}
         return row
 

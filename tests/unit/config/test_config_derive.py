@@ -10,9 +10,20 @@ def test_attention_pattern_repeats_over_layers():
 
 
 def test_windows_default_to_the_sequence_and_yield_to_given_ones():
-    assert derive.maha_windows(config_from_dict({})) == (128, 112, 124, 64)
-    assert derive.maha_windows(config_from_dict({"data": {"sequence_tokens": 512}})) == (128, 128)
-    assert derive.maha_windows(config_from_dict({"maha": {"windows": [428]}})) == (428,)
+    assert derive.maha_windows(config_from_dict({}), "maha") == (128, 112, 124, 64)
+    assert derive.maha_windows(config_from_dict({"data": {"sequence_tokens": 512}}), "maha") == (128, 128)
+    assert derive.maha_windows(config_from_dict({"maha": {"windows": [428]}}), "maha") == (428,)
+
+
+def test_refined_layers_have_windows_of_their_own_where_they_are_given():
+    tree = {"model": {"attention": ["maha", "refined", "dense"]}, "maha": {"windows": [256], "full_reach": False}}
+    config = config_from_dict(tree | {"refine": {"windows": [128, 64, 256]}})
+    assert derive.scaled_kinds(config) == ("maha", "refined")
+    assert derive.maha_windows(config, "maha") == (256,)
+    assert derive.maha_windows(config, "refined") == (128, 64, 256)
+    config = config_from_dict({"model": {"attention": ["refined"]}})
+    assert derive.scaled_kinds(config) == ("refined",)
+    assert derive.maha_windows(config, "refined") == (128, 112, 124, 64)
 
 
 def test_padding_does_not_depend_on_ranks():

@@ -7,7 +7,7 @@ import pytest
 from maha_megatron.attention.spec import MahaSpec, Refinement, maha_parameter_specs
 from maha_megatron.config import accounting
 from maha_megatron.config.fingerprint import model_description, model_fingerprint
-from maha_megatron.config.load import config_from_dict, load_fragments
+from maha_megatron.config.load import config_from_dict, config_to_dict, load_fragments
 
 N, G, D, ROWS, RATIO, WINDOWS = 6, 2, 8, 75, 3, (5, 4, 6)
 CHILDREN = {(2, 0): 9, (2, 1): 3, (1, 0): 3}
@@ -78,6 +78,46 @@ def test_the_model_file_keeps_the_saving_and_counts_in_the_step():
     assert accounting.attention_share(tree) == attention / sum(terms.values())
     every = load_fragments(["model/refined"], ["model.attention=[refined]"])
     assert round(accounting.attention_savings(every)["saved_frac_all_in"], 3) == 0.789
+
+
+def windowed(**refine):
+    """A plain window in MAHA layers, beside refined layers with the windows of `config`."""
+    tree = {"maha": {"windows": [7], "full_reach": False, "ratio": RATIO}, "refine": {"blocks": 2, **refine}}
+    model = {"heads": N, "kv_groups": G, "head_width": D, "layers": 4, "attention": ["maha", "refined"]}
+    return config_from_dict(tree | {"model": model, "data": {"sequence_tokens": ROWS}})
+
+
+def test_windows_of_refined_layers_alone_are_counted_there_and_nowhere_else():
+    mixed, refined = windowed(windows=list(WINDOWS)), config()
+    plain = config_from_dict(
+        {
+            "model": {"heads": N, "kv_groups": G, "head_width": D, "layers": 4, "attention": ["maha"]},
+            "maha": {"windows": [7], "full_reach": False},
+            "data": {"sequence_tokens": ROWS},
+        }
+    )
+    terms, counts = accounting.attention_flops(mixed, ROWS), accounting.attention_savings(mixed)
+    for kind, other in (("maha", plain), ("refined", refined)):
+        assert terms[kind] == accounting.attention_flops(other, ROWS)[kind]
+        for pairs in ("visible_pairs", "loaded_pairs"):
+            assert counts[pairs][kind] == accounting.attention_savings(other)[pairs][kind]
+    assert terms["maha"]["pyramid"] == 0 < terms["refined"]["pyramid"]
+    spec = MahaSpec(ratio=RATIO, windows=WINDOWS, refine=Refinement(from_scale=2, to_scale=0, blocks=2))
+    tensors = [
+        tensor
+        for one in (MahaSpec(ratio=RATIO, windows=(7,)), spec)
+        for tensor in maha_parameter_specs(one, n=N, g=G, d=D).values()
+    ]
+    assert accounting.parameter_counts(mixed)["attention_operator"] == 2 * sum(math.prod(t.shape) for t in tensors)
+
+
+def test_windows_of_refined_layers_make_another_model_unless_they_are_those_of_the_others():
+    given = config_from_dict(config_to_dict(config()) | {"refine": {"blocks": 2, "windows": list(WINDOWS)}})
+    assert model_description(given) == model_description(config())
+    mixed, other = windowed(windows=list(WINDOWS)), windowed(windows=[5, 4, 7])
+    assert model_description(mixed)["maha.windows"] == [7]
+    assert model_description(mixed)["refine.windows"] == list(WINDOWS)
+    assert len({model_fingerprint(tree) for tree in (config(), mixed, other)}) == 3
 
 
 def test_another_refinement_is_another_model_and_without_refined_layers_it_is_none():

@@ -30,10 +30,15 @@ REFUSED = {
         ({"maha": {"windows": [128, 112, 124, 0]}}, ["windows[3] = 0", "at least 1"]),
         ({"maha": {"windows": [9, 9, 9, 9]}, "data": {"sequence_tokens": 60}}, ["64 rows", "never completes"]),
         ({"maha": {"ratio": 2}, "data": {"sequence_tokens": 65536}}, ["10 scales", "with maha.ratio: 4"]),
+        (REFINED | {"refine": {"windows": [128, 2, 256]}}, ["refine.windows[1] = 2", "at least 3"]),
     ],
     "windows_reach_sequence": [
         ({"maha": {"windows": [128, 112, 124, 63]}}, ["row 4095", "[128, 112, 124, 64]", "full_reach"]),
         ({"maha": {"windows": [428]}}, ["row 428", "maha.full_reach: false"]),
+        (
+            REFINED | {"refine": {"windows": [128, 3, 9]}},
+            ["refine.windows = [128, 3, 9]", "use refine.windows: [128, 112"],
+        ),
     ],
     "tensor_within_groups": [({"parallel": {"tensor": 8}}, ["tensor = 8 exceeds model.kv_groups = 4"])],
     "tensor_divides_model": [
@@ -155,8 +160,20 @@ REFUSED = {
     "refine_keys_have_effect": [
         ({"refine": {"from_scale": 3, "blocks": 9}}, ["refine.from_scale, refine.blocks", "no effect", "refined]"]),
     ],
+    "windows_have_effect": [
+        (
+            {
+                "model": {"attention": ["refined"]},
+                "maha": {"windows": [128, 112, 256]},
+                "refine": {"windows": [64, 64, 256]},
+            },
+            ["maha.windows: no effect", "every layer is refined", "remove refine.windows"],
+        ),
+    ],
     "refinement_lies_between_scales": [
-        (REFINED | {"maha": {"windows": [4096]}}, ["has one scale", "use two"]),
+        (REFINED | {"maha": {"windows": [4096]}}, ["maha.windows has one scale", "use two"]),
+        (REFINED | {"refine": {"windows": [4096]}}, ["refine.windows has one scale", "use two"]),
+        (REFINED | {"refine": {"windows": [64, 64, 256], "from_scale": 3}}, ["refine.windows = [64, 64, 256]"]),
         (REFINED | {"refine": {"from_scale": 4}}, ["from_scale = 4", "scales 0 to 3", "refine.from_scale: 3"]),
         (REFINED | {"refine": {"to_scale": 2}}, ["to_scale = 2", "at most 1"]),
         (
@@ -189,6 +206,7 @@ ACCEPTED = [
     {"maha": {"aggregation": "program", "program": "a.b:build", "coupling": "gram", "lse_utility": False}},
     {"maha": {"windows": [3, 256], "ratio": 4, "downsampling": "conv"}, "data": {"sequence_tokens": 1024}},
     REFINED,
+    REFINED | {"maha": {"windows": [256], "full_reach": False}, "refine": {"windows": [128, 64, 256]}},
     {"model": {"attention": ["refined"]}, "refine": {"from_scale": 3, "to_scale": 2, "blocks": 999}},
     REFINED | {"data": {"sequence_tokens": 2048}, "maha": {"windows": [2032, 3, 128]}},
     {"data": {"sequence_tokens": 5}},

@@ -8,6 +8,7 @@ import pytest
 
 from maha_megatron.config.accounting import attention_savings, total_parameters
 from maha_megatron.config.load import REPOSITORY_CONFIGS
+from maha_megatron.config.schema import Config
 from maha_megatron.config.study import Evaluation, Study, load_study
 from maha_megatron.errors import ConfigError
 from maha_megatron.scales import default_windows
@@ -102,10 +103,29 @@ def test_the_repositorys_studies(path: Path) -> None:
         assert configs[peer].maha.windows == (keys,), "as many keys as maha has"
     assert sum(configs["refined"].maha.windows[:2]) == 128 + 112
     assert configs["refined"].maha.windows[2] * 16 == configs["refined"].data.sequence_tokens, "any block may open"
+    saved = savings_as_told(path, configs)
+    assert min(saved["maha"], saved["refined"]) >= 0.81
+
+
+def savings_as_told(path: Path, configs: dict[str, Config]) -> dict[str, float]:
     told = dict(re.findall(r"(\w+) ([\d.]+) %", path.read_text().partition("extends")[0]))
     saved = {peer: attention_savings(config)["saved_frac_all_in"] for peer, config in configs.items()}
     assert told == {peer: f"{100 * saved[peer]:.1f}" for peer in saved if peer != "dense"}
-    assert min(saved["maha"], saved["refined"]) >= 0.81
+    return saved
+
+
+def test_forms_save_what_they_must_and_train_as_the_peers_do() -> None:
+    path = REPOSITORY_CONFIGS / "studies" / "forms_4k.yaml"
+    found, peers = load_study(path), load_study(path.with_name("peers_4k.yaml"))
+    configs = {peer: found.config(peer, 1, **WHERE) for peer in found.peers}
+    saved = savings_as_told(path, configs)
+    assert min(saved[peer] for peer in saved if peer != "dense") >= 0.81
+    assert [peer for peer in configs if "dense" in configs[peer].model.attention] == ["dense", "eighth"]
+    dense = peers.config("dense", 1, **WHERE)
+    assert dataclasses.replace(configs["dense"], run=dense.run) == dense
+    assert {(config.data, config.train, config.schedule) for config in configs.values()} == {
+        (dense.data, dense.train, dense.schedule)
+    }
 
 
 def test_rates_are_tried_on_the_peers_that_are_compared() -> None:

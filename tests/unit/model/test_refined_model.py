@@ -6,6 +6,7 @@ import torch
 from maha_megatron.model.gpt import build_gpt
 from maha_megatron.model.init import decays_weight, initialise_parameters
 from maha_megatron.model.inspection import inspect_layers
+from maha_megatron.model.maha_core_attention import MahaCoreAttention
 from maha_megatron.model.names import logical_names
 from tests.support.model import random_batch, random_model, tiny_config
 
@@ -28,9 +29,23 @@ def test_a_refined_layer_starts_as_the_others_with_a_row_more_for_what_it_opens(
     assert decaying == {"layers.1.attention.qkv.weight", "layers.1.attention.output.weight"}
 
 
+WINDOWED = PATTERN | {"maha__windows": (9,), "maha__full_reach": False, "refine__windows": (4, 6, 16)}
+
+
+def test_refined_layers_may_have_windows_that_the_others_have_not():
+    config = tiny_config(**WINDOWED)
+    model, batch = random_model(config), random_batch(config, rows=60)
+    model.collect_scale_weights = True
+    model(*batch)
+    assert {layer: len(mean_l) for layer, mean_l in model.scale_weights().items()} == {0: 1, 1: 4}
+    specs = {module.spec.windows for module in model.modules() if isinstance(module, MahaCoreAttention)}
+    assert specs == {(9,), (4, 6, 16)}
+
+
 @torch.no_grad()
-def test_no_token_reaches_an_earlier_logit():
-    config = tiny_config(**PATTERN)
+@pytest.mark.parametrize("settings", [PATTERN, WINDOWED], ids=["same windows", "own windows"])
+def test_no_token_reaches_an_earlier_logit(settings):
+    config = tiny_config(**settings)
     model, batch = random_model(config), random_batch(config, rows=90, starts=(0, 51))
     logits = model.logits(batch.input_ids_t, batch.bounds)
     for row in range(1, 90, 4):
