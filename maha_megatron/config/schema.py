@@ -305,7 +305,7 @@ class Train:
     compile: bool = leaf(
         False,
         owner="train",
-        help="Fuse the memory-bound pieces of SwiGLU and loss with torch.compile; the first step waits for it.",
+        help="Fuse RMSNorm and the memory-bound pieces of SwiGLU and loss by torch.compile; the first step waits.",
     )
     cuda_graphs: bool = leaf(
         False,

@@ -5,6 +5,7 @@ import torch
 
 from maha_megatron.errors import TrainingError
 from maha_megatron.model.captured import capture_attention
+from maha_megatron.model.compiled import compile_pieces
 from maha_megatron.model.gpt import Gpt
 from maha_megatron.model.maha_core_attention import MahaCoreAttention
 from tests.support.gpu import deterministic_algorithms
@@ -76,6 +77,18 @@ def test_loss_and_gradients_are_bitwise_those_without_graphs():
         assert different(model, changed) == []
     assert not torch.equal(changed[0]["loss"], before[0]["loss"])
     assert len(nodes) > 0
+
+
+def test_between_compiled_pieces_too():
+    model = random_model(CONFIG, device="cuda")
+    compile_pieces(model, torch.device("cuda"))
+    with deterministic_algorithms():
+        before = [loss_and_gradients(model, batch) for batch in batches()]
+        assert different(model, before) == []
+        capture_attention(model, ROWS)
+        for layer in layers(model):
+            layer.attend = refuse
+        assert different(model, before) == []
 
 
 def test_gradients_of_several_micro_batches_add_up():

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maha_megatron.model.norms import RMSNorm
+from maha_megatron.model.norms import RMSNorm, rms_norm_formula
 
 WIDTH = 512  # wide enough that a mean of squares in bf16 would be far off
 
@@ -34,8 +34,9 @@ BF16_BOUND = (1 + 2**-9) ** 2 - 1 + 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, BF16_BOUND)])
-def test_against_the_formula(dtype, bound):
-    assert largest_relative_error(dtype, module) <= bound
+@pytest.mark.parametrize("norm", [module, rms_norm_formula])
+def test_against_the_formula(norm, dtype, bound):
+    assert largest_relative_error(dtype, norm) <= bound
 
 
 def test_statistics_in_bf16_would_be_seen():
