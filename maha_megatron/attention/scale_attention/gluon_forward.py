@@ -2,10 +2,10 @@
 keys.
 
 A program has two warp groups of consumers, with 64 rows each, and a warp that loads for both. Keys and values come in
-tiles of 64 slots through a ring of stages in shared memory; a consumer passes over tiles that none of its rows sees.
-Rows are 128 of one head, or 64 of two heads of one KV group.
+tiles of 64 slots through a ring of stages in shared memory, of which each has both of a tile: two barriers a tile. A
+consumer passes over tiles that none of its rows sees. Rows are 128 of one head, or 64 of two heads of one KV group.
 
-    loader       q q | scale 0: k v k v k v k v | scale 1: k v k v k v | ...     waits until a stage is empty
+    loader       q q | scale 0: kv kv kv kv | scale 1: kv kv kv | ...            waits until a stage is empty
     consumers    turn q for scale 0, attend to its tiles; turn q for scale 1 ... wait until it is full
 
 Tiles are counted back from the last slot that a row of the program sees, so that no slot behind it is read: its values
@@ -134,9 +134,7 @@ def skip(first, last, ring):
     """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up."""
     for tile in range(first, last):
         wait_for(ring[2], tile)
-        wait_for(ring[3], tile)
         let_go(ring[2], tile)
-        let_go(ring[3], tile)
 
 
 @gluon.jit
@@ -164,7 +162,7 @@ def attend_scale(
 ):
     """One scale's keys into a running softmax; as `attend_scale` of triton_forward.py."""
     top, mass, fused = softmax
-    key_buffers, value_buffers, key_barriers, value_barriers = ring
+    key_buffers, value_buffers, barriers = ring
     LOGITS: gl.constexpr = accumulator(KEYS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, fused.type.layout, 2)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LOGITS))
@@ -172,18 +170,16 @@ def attend_scale(
     first, last, zero, end = of_tiles
     for tile in range(first, last):
         at, stage = end - (tile - zero + 1) * KEYS, tile % value_buffers.shape[0]
-        wait_for(key_barriers, tile)
+        wait_for(barriers, tile)
         first_half, second_half = key_buffers.index(2 * stage), key_buffers.index(2 * stage + 1)
         logits = warpgroup_mma(of_rows[0][0], first_half.permute((1, 0)), none, use_acc=False, is_async=True)
         logits = warpgroup_mma(of_rows[0][1], second_half.permute((1, 0)), logits, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
-        let_go(key_barriers, tile)
         weight, shrink, top, mass, part = weights_of(logits, of_rows, key, at, top, mass, part, PART)
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, fused.type.layout))[:, None]
         weight = gl.convert_layout(weight.to(value_buffers.dtype), OPERAND)
-        wait_for(value_barriers, tile)
         fused = warpgroup_mma(weight, value_buffers.index(stage), fused * shrink)
-        let_go(value_barriers, tile)
+        let_go(barriers, tile)
     return (top, mass, fused), part
 
 
@@ -248,7 +244,7 @@ def attend_work(
     PART: gl.constexpr = outputs[2] is not None and not SIZES.each
     queries, _keys, places = given
     buffers, barriers = shared
-    ring = (buffers[1], buffers[2], barriers[1], barriers[2])
+    ring = (buffers[1], buffers[2], barriers[1])
     raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
     query = (buffers[3].index(2 * GROUP), buffers[3].index(2 * GROUP + 1))
     start, own, head = rows_and_head(work, places, SIZES, GROUP)
@@ -328,7 +324,7 @@ def attend_by_groups_kernel(
     value_buffers = gl.allocate_shared_memory(operand, [STAGES, KEYS, 2 * SHAPE.half], value_0.layout)
     turned = gl.allocate_shared_memory(operand, [4, GROUP_ROWS, SHAPE.half], query_rows.layout)
     buffers = (query_buffers, key_buffers, value_buffers, turned)
-    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2), barrier_pairs(STAGES, 2))
+    barriers = (barrier_pairs(2, 1), barrier_pairs(STAGES, 2))
     fence_async_shared()
     values = (value_0, value_1, value_2, value_3, value_4, value_5, value_6, value_7)
     given, shared, made = (queries, keys, places), (buffers, barriers), (out, lse, scale_lse, own_lse)

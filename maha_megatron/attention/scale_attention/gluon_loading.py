@@ -97,20 +97,16 @@ def load_tile(
     barriers,
     HALF: gl.constexpr,
 ):
-    """A tile of keys, in halves, and its values, each as soon as its stage is empty."""
+    """A tile of keys, in halves, and its values, as soon as its stage is empty."""
     key_buffers, value_buffers = buffers
-    key_barriers, value_barriers = barriers
-    BYTES: gl.constexpr = KEYS * 2 * HALF * 2
+    BYTES: gl.constexpr = 2 * KEYS * 2 * HALF * 2
     STAGES: gl.constexpr = value_buffers.shape[0]
-    stage, phase = tile % STAGES, ((tile // STAGES) & 1) ^ 1
-    full = key_barriers[0].index(stage)
-    mbarrier.wait(key_barriers[1].index(stage), phase)
+    stage = tile % STAGES
+    full = barriers[0].index(stage)
+    mbarrier.wait(barriers[1].index(stage), ((tile // STAGES) & 1) ^ 1)
     mbarrier.expect(full, BYTES)
     tma.async_copy_global_to_shared(described[0], [key_at, 0], full, key_buffers.index(2 * stage))
     tma.async_copy_global_to_shared(described[0], [key_at, HALF], full, key_buffers.index(2 * stage + 1))
-    full = value_barriers[0].index(stage)
-    mbarrier.wait(value_barriers[1].index(stage), phase)
-    mbarrier.expect(full, BYTES)
     tma.async_copy_global_to_shared(described[1], [value_at[0], value_at[1]], full, value_buffers.index(stage))
 
 
@@ -138,7 +134,7 @@ def load(
             past = past_of(scale, SHAPE)
             key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
             channel = group * keys.raw_values.group_strides[scale]
-            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), (barriers[1], barriers[2]))
+            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), barriers[1])
             for i in range(gl.cdiv(end - begin, KEYS)):
                 at = end - (i + 1) * KEYS
                 load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)

@@ -18,8 +18,9 @@ SPILLED_BYTES = {
     64: OF_GAMES | {"opened keys' gradients, 3 heads a group": 32},  # 168 registers, so a third program fits
     128: OF_GAMES
     | {
-        "attention, as the table has it": 32,
-        "attention, weighed, as the table has it": 80,
+        "attention, as the table has it": 48,
+        "attention, scale by scale, as the table has it": 24,
+        "attention, weighed, as the table has it": 72,
         "query gradients": 48,
         "query gradients, refined": 72,
         "query gradients, refined, 3 heads a group": 72,
