@@ -305,7 +305,8 @@ class Train:
     compile: bool = leaf(
         False,
         owner="train",
-        help="Fuse RMSNorm and the memory-bound pieces of SwiGLU and loss by torch.compile; the first step waits.",
+        help="Fuse RMSNorm and the memory-bound pieces of SwiGLU and loss by torch.compile; the first step waits. With "
+        "cuda_graphs not RMSNorm, whose fused form asks more of the host.",
     )
     cuda_graphs: bool = leaf(
         False,

@@ -20,8 +20,11 @@ from maha_megatron.model.loss import LossPieces, OutputLayer, row_exponentials, 
 from maha_megatron.model.norms import RMSNorm, rms_norm_formula
 
 
-def compile_pieces(model: nn.Module, device: torch.device) -> None:
+def compile_pieces(model: nn.Module, device: torch.device, *, norms: bool = True) -> None:
     """Put fused forms into every SwiGlu, RMSNorm and OutputLayer of the model; they are compiled at their first call.
+
+    Args:
+        norms: RMSNorm too. It saves the device's time and costs the host's: not where the host is the slower.
 
     Raises:
         EnvironmentMismatch: torch.compile does not work on this machine.
@@ -35,7 +38,7 @@ def compile_pieces(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, SwiGlu):
             module.activate = activate
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm) and norms:
             module.normalise = normalise
         elif isinstance(module, OutputLayer):
             module.pieces = pieces

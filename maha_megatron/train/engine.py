@@ -335,7 +335,7 @@ def build_engine(config: Config, program: Callable | None = None) -> Engine:
     with construction:
         model = build_gpt(config, device=device, program=program)
     if config.train.compile:
-        compile_pieces(model, device)
+        compile_pieces(model, device, norms=not config.train.cuda_graphs)
     initialise_parameters(model, config, gather=_gathered_for_writing)
     sum_partial_gradients(model)
     optimizer = build_optimizer(config.optimizer, logical_names(model))

@@ -149,3 +149,10 @@ def test_training_recomputation_and_validation_stay_far_below_torchs_eight_forms
             model(**random_batch(config, rows=rows)._asdict())
     assert forms[rms_norm_formula] == 4
     assert forms[gated] == 3
+
+
+def test_norms_may_stay_torchs_own():
+    model = random_model(tiny_config())
+    compiled.compile_pieces(model, CPU, norms=False)
+    assert {norm.normalise for norm in norms_of(model)} == {rms_norm}
+    assert all(module.activate is not gated for module in model.modules() if isinstance(module, SwiGlu))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from maha_megatron.errors import TrainingError
+from maha_megatron.train import engine as engine_module
 from maha_megatron.train.engine import Engine
 from maha_megatron.train.guards import StepPlace
 from tests.support.graphs import graph_work  # noqa: F401 (a fixture)
@@ -67,3 +68,13 @@ def test_steps_by_graphs_are_those_without(stage: int, graph_work: list[str]) ->
     assert graph_work == ["capture"] + 5 * ["forward", "backward"]  # of one layer; the sixth measured the weights
     assert seen == plain
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.usefixtures("one_rank", "graph_work")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_norms_are_compiled_where_the_host_has_time(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(engine_module, "compile_pieces", lambda *_, norms: asked.append(norms))
+    changes = {"maha__backend": "triton", "train__cuda_graphs": graphs}
+    with engine_for(training_config(model__layers=2, train__compile=True, **changes), 1):
+        assert asked == [not graphs]
