@@ -42,11 +42,17 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of one launch, for one program and thread."""
+    """What the compiler made of one launch, for one program and thread.
+
+    tiles: of every buffer of a pipelined loop that products by warp groups read while it goes on, how many it holds.
+    They have to be as many as the loop's stages, or the loop writes over a tile that a product still reads.
+    """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    stages: int
+    tiles: list[int]
     ptx: str
 
 
@@ -67,8 +73,23 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         registers=registers,
         spilled_bytes=stack,
         shared_bytes=made.metadata.shared,
+        stages=made.metadata.num_stages,
+        tiles=[] if kernel.is_gluon() else _tiles_read_unfinished(str(made.asm["ttgir"])),
         ptx=str(made.asm["ptx"]),
     )
+
+
+def _tiles_read_unfinished(ttgir: str) -> list[int]:
+    """Compiled.tiles. Loads of a pipelined loop lie in memory allocated without content; views of it lead there."""
+    buffer_of, read, tiles = {}, set(), {}
+    for line in ttgir.splitlines():
+        if made := re.search(r"(%\S+) = ttg\.local_alloc\s*: \(\) -> !ttg\.memdesc<(\d+)x", line):
+            buffer_of[made[1]], tiles[made[1]] = made[1], int(made[2])
+        elif view := re.search(r"(%\S+) = ttg\.memdesc_\w+ (%\w+)", line):
+            buffer_of[view[1]] = buffer_of.get(view[2])
+        elif product := re.search(r"ttng\.warp_group_dot (%\w+), (%\w+),.* isAsync = true", line):
+            read |= {buffer_of.get(product[1]), buffer_of.get(product[2])} - {None}
+    return [tiles[name] for name in sorted(read)]
 
 
 def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,6 +7,11 @@ With P = exp(s + c - LSE) and delta = <dO, out> of the one softmax over scales a
 over the rows of its run that opened a block (triton_opened_forward.py), and writes dq' = dS K' and the sums of dS and P
 for each, which the kernel of queries reads. What a block asks of its keys is written where the kernel of keys adds it.
 A block that lies in several runs leaves a sum in each; a second kernel adds them up, run after run.
+
+A tile of 64 children or more, or of as many rows, takes one head after the other, without fetching the next one's rows
+ahead. On Hopper some of its products then go by warp groups, which read those rows where they lie in shared memory, and
+others do not; where the two share a tile, Triton 3.6 has one buffer for it and writes the next head's rows, or zeros
+behind the last head, over what unfinished products still read: with 64 children, dK' and dV could come out wrong.
 """
 
 import triton
@@ -76,6 +81,7 @@ def opened_gradient_kernel(
 ):
     operand: tl.constexpr = keys.prepared.dtype.element_ty
     WIDTH: tl.constexpr = 2 * SHAPE.half
+    STAGES: tl.constexpr = 1 if CHILDREN >= 64 or LINES >= 64 else None  # see above
     group, run = tl.program_id(1), tl.program_id(0)
     stop = tl.minimum(run * RUN + RUN, lists.length)
     at = first_opened(lists, group, run * RUN, stop, LINES)
@@ -89,7 +95,7 @@ def opened_gradient_kernel(
         next_key = key
         while next_key == key:
             place, row, real = listed_rows(lists, group, at, stop, key, LINES, SHAPE)
-            for head in tl.range(group * n_per_group, (group + 1) * n_per_group):
+            for head in tl.range(group * n_per_group, (group + 1) * n_per_group, num_stages=STAGES):
                 query, offset = load_opening(opening, row, head, real, places, SHAPE)
                 delta = tl.load(opening.delta + (head * places.rows).to(tl.int64) + row, mask=real, other=0.0)
                 grad = load_rows(grad_out, row, head, real, channels)

@@ -51,9 +51,15 @@ def check_shared(found: dict[str, dict[str, int]], capability: int) -> None:
     } == {}
 
 
+def overtaken(found: dict[str, dict[str, int]]) -> set[str]:
+    """The kernels whose loops write over tiles that unfinished products by warp groups read."""
+    return {name for name, one in found.items() if any(tiles < one["stages"] for tiles in one["tiles"])}
+
+
 def check(found: dict[str, dict[str, int]], capability: int, width: int, dtype: str) -> None:
-    """Shared memory of every kernel, and on Hopper what it spills."""
+    """Shared memory of every kernel, and on Hopper what it spills and whether its loads overtake its products."""
     check_shared(found, capability)
+    assert overtaken(found) == set()
     if (capability, dtype) == (90, "bfloat16"):
         most = SPILLED_BYTES[width]
         spilled = {name: one["spilled_bytes"] for name, one in found.items()}
@@ -76,6 +82,13 @@ def test_every_kernel_compiles_within_the_card(capability, width, dtype):
     check(compiled(capability, width, dtype), capability, width, dtype)
 
 
+def test_no_loop_of_a_refined_layer_writes_over_what_its_products_still_read():
+    """Of blocks of 64 children, whose gradients are products by warp groups on Hopper, the others' beside them not."""
+    found = compiled(90, 64, "bfloat16", "refined")
+    assert found["key gradients, refined"]["tiles"] == [3, 3]  # those of other kernels are seen
+    assert overtaken(found) == set()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("width", [64, 128])
@@ -85,6 +98,7 @@ def test_refined_layers_compile_within_the_card_at_the_ends_of_what_is_served(ca
     found = compiled(capability, width, dtype, "refined")
     assert len(found) == 9
     check_shared(found, capability)
+    assert overtaken(found) == set()
     if (capability, dtype) == (90, "bfloat16"):
         assert max(one["spilled_bytes"] for one in found.values()) <= 144
 
