@@ -126,17 +126,3 @@ def test_forms_save_what_they_must_and_train_as_the_peers_do() -> None:
     assert {(config.data, config.train, config.schedule) for config in configs.values()} == {
         (dense.data, dense.train, dense.schedule)
     }
-
-
-def test_rates_are_tried_on_the_peers_that_are_compared() -> None:
-    peers, rates = (load_study(REPOSITORY_CONFIGS / "studies" / f"{name}_4k.yaml") for name in ("peers", "rates"))
-    tried = {peer: set() for peer in peers.peers}
-    for name in rates.peers:
-        peer, _, rate = name.rpartition("_")
-        config, compared = rates.config(name, 1, **WHERE), peers.config(peer, 1, **WHERE)
-        assert (config.model, config.maha, config.refine) == (compared.model, compared.maha, compared.refine)
-        assert config.train.global_batch_samples == compared.train.global_batch_samples
-        assert config.schedule == dataclasses.replace(compared.schedule, peak=float(rate))
-        tried[peer].add(rate)
-    assert len({frozenset(rates) for rates in tried.values()}) == 1, "each at the same rates"
-    assert rates.evaluation.is_empty
