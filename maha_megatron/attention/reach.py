@@ -115,12 +115,13 @@ class Probabilities:
         row = torch.arange(block.start, block.stop, device=self.document.device)
         document = self.document[block.start : block.stop]
         first, end = visible_slots(row, document, step, self.spec.windows[scale])
-        slot_positions = (slots.last_row - slots.document).double() / step
+        turn = self.spec.rotary_stride(scale)
+        slot_positions = (slots.last_row - slots.document).double() / turn
         if self.spec.queries == "pooled":  # a row reads what the last complete query block of its document found
             read = (end - 1).clamp(min=0)
             query, position = self.queries[scale][read], slot_positions[read]
         else:
-            query, position = self.queries[scale][row], (row - document).double() / step
+            query, position = self.queries[scale][row], (row - document).double() / turn
         query = self._turned(query, self.parameters.query_gain, position)
         key = self._turned(self.levels[scale][0], self.parameters.key_gain, slot_positions)
         groups = key.shape[1]

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 
 from maha_megatron.errors import ConfigError, ProgramError
+from maha_megatron.scales import stride
 
 COUPLING_AT_START = 0.1
 
@@ -21,6 +22,7 @@ CHOICES = {
     "aggregation": ("convex", "nash", "mean", "program"),
     "regularizer": ("entropy", "quadratic"),
     "coupling": ("none", "gram"),
+    "rope_unit": ("block", "token"),
 }
 # aggregation -> what it does not read, and why; config/rules.py refuses the same
 NOT_READ = {
@@ -71,6 +73,7 @@ class MahaSpec:
     lse_utility: bool = True
     convolution: bool = True
     rope_base: float = 10000.0
+    rope_unit: str = "block"
     norm_epsilon: float = 1e-6
     refine: Refinement | None = None
 
@@ -91,6 +94,8 @@ class MahaSpec:
             raise ConfigError(
                 'aggregation="program" needs program: a StatedProgram, or absent_program where only shapes matter'
             )
+        if (self.queries, self.rope_unit) == ("pooled", "token"):
+            raise ConfigError('rope_unit="token" does not go with pooled queries: use rope_unit="block"')
         if self.refine is not None:
             self._check_refinement(self.refine)
 
@@ -111,6 +116,15 @@ class MahaSpec:
     @property
     def scales(self) -> int:
         return len(self.windows)
+
+    @property
+    def rotary_ratio(self) -> int:
+        """By how much rotary positions of a scale are coarser than the next finer one's; 1 where all count tokens."""
+        return self.ratio if self.rope_unit == "block" else 1
+
+    def rotary_stride(self, scale: int) -> int:
+        """Rows that make one step of a scale's rotary positions; a block stands where its last row does."""
+        return stride(self.rotary_ratio, scale)
 
     @property
     def branches(self) -> int:

@@ -4,7 +4,8 @@ Entries and raw rows mean something only under the operator that wrote them: wit
 wrong, with another downsampling the straddling block, and shapes do not tell. So a state knows these whole numbers, and
 saves them:
 
-    (ratio, one digest for each of FIELDS, w_0, ..., w_{L-1}), then for a refined layer (-from_scale, -to_scale - 1)
+    (ratio, one digest for each of FIELDS, w_0, ..., w_{L-1}), then for a refined layer (-from_scale, -to_scale - 1),
+    and last 0 where rotary positions count tokens
 
 Aggregation, utilities and coupling are not among them, nor how many blocks are opened: they read a state and leave
 nothing in it.
@@ -22,7 +23,8 @@ _FIRST_WINDOW = 1 + len(FIELDS)
 def identity(spec: MahaSpec) -> tuple[int, ...]:
     """The numbers of an operator, the same in every process and on every machine."""
     refine = () if spec.refine is None else (-spec.refine.from_scale, -spec.refine.to_scale - 1)
-    return (spec.ratio, *(_digest(name, getattr(spec, name)) for name in FIELDS), *spec.windows, *refine)
+    tokens = (0,) if spec.rope_unit == "token" else ()
+    return (spec.ratio, *(_digest(name, getattr(spec, name)) for name in FIELDS), *spec.windows, *refine, *tokens)
 
 
 def differences(saved: Sequence[int], spec: MahaSpec) -> str:
@@ -33,10 +35,13 @@ def differences(saved: Sequence[int], spec: MahaSpec) -> str:
     found = [f"its ratio is {saved[0]}, the layer's {spec.ratio}"] if saved[0] != spec.ratio else []
     changed = [name for place, name in enumerate(FIELDS, start=1) if saved[place] != own[place]]
     found += [f"its {name} is not the layer's, {getattr(spec, name)}" for name in changed]
-    windows = tuple(number for number in saved[_FIRST_WINDOW:] if number > 0)
+    numbers = saved[_FIRST_WINDOW:]
+    windows = tuple(number for number in numbers if number > 0)
+    if (0 in numbers) != (spec.rope_unit == "token"):
+        found.append(f"its rope_unit is not the layer's, {spec.rope_unit}")
     if windows != spec.windows:
         found.append(f"its windows are {windows}, the layer's {spec.windows}")
-    if saved[_FIRST_WINDOW + len(windows) :] != own[_FIRST_WINDOW + spec.scales :]:
+    if [number for number in numbers if number < 0] != [number for number in own[_FIRST_WINDOW:] if number < 0]:
         found.append(f"its refinement is not the layer's, {spec.refine}")
     return "; ".join(found)
 

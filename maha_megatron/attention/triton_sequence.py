@@ -59,6 +59,7 @@ def attend_sequence(
         spec.ratio,
         list(spec.windows),
         spec.rope_base,
+        spec.rope_unit,
         spec.norm_epsilon,
         not is_one_softmax(spec),
         with_weights,
@@ -82,6 +83,7 @@ def sequence_attention(
     ratio: int,
     windows: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     apart: bool,
     with_weights: bool,
@@ -89,7 +91,7 @@ def sequence_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `joint_attention` of triton_ops.py. `learned`: the pyramid's tensors."""
     tensors = (q, k, v, document_start, learned, query_gain, key_gain, rho, beta)
-    *_, call = _calls(*tensors, downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles)
+    *_, call = _calls(*tensors, downsampling, ratio, windows, rope_base, rope_unit, norm_epsilon, apart, tiles)
     return outputs_of(*call.forward(with_weights))
 
 
@@ -117,13 +119,16 @@ def sequence_attention_backward(
     ratio: int,
     windows: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     apart: bool,
     tiles: Numbers,
 ) -> list[Tensor]:
     """Gradients of q, k and v, of the pyramid's learned tensors, of both gains, and of rho and beta if given."""
     tensors = (q, k, v, document_start, learned, query_gain, key_gain, rho, beta)
-    pooling, levels, call = _calls(*tensors, downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles)
+    pooling, levels, call = _calls(
+        *tensors, downsampling, ratio, windows, rope_base, rope_unit, norm_epsilon, apart, tiles
+    )
     grad_q, of_attention, grad_keys, grad_values = call.backward(grad_out, out, lse, own_lse if apart else None)
     grads = list(zip(grad_keys, grad_values, strict=True))
     of_pyramid = []
@@ -140,14 +145,16 @@ def _(grad_out, out, lse, own_lse, q, k, v, document_start, learned, query_gain,
 
 def _calls(
     q, k, v, document_start, learned, query_gain, key_gain, rho, beta,
-    downsampling, ratio, windows, rope_base, norm_epsilon, apart, tiles,
+    downsampling, ratio, windows, rope_base, rope_unit, norm_epsilon, apart, tiles,
 ):  # fmt: skip
     """The pyramid's call, its levels, and the attention's call over them."""
     none_before = (0,) * len(windows)
     pooling = triton_levels.Call(downsampling, ratio, document_start, learned, k, none_before)
     levels = pooling.forward((lined_up(k), lined_up(v)), ())
     of_attention = (q, query_gain, key_gain, rho, beta, document_start, *zip(*levels, strict=True))
-    call = call_of(kind_of(apart), *of_attention, ratio, windows, none_before, rope_base, norm_epsilon, tiles)
+    call = call_of(
+        kind_of(apart), *of_attention, ratio, windows, none_before, rope_base, rope_unit, norm_epsilon, tiles
+    )
     return pooling, levels, call
 
 
@@ -164,7 +171,7 @@ def _backward(ctx, grad_out: Tensor, *_) -> tuple:
     given = (out, lse, own_lse, q, k, v, document_start, learned, query_gain, key_gain, rho, beta)
     grad_q, grad_k, grad_v, *others = sequence_attention_backward(grad_out, *given, *ctx.numbers)
     of_pyramid, of_attention = others[: len(learned)], (*others[len(learned) :], None, None)[:4]
-    return grad_q, grad_k, grad_v, None, of_pyramid, *of_attention, *(None,) * 8
+    return grad_q, grad_k, grad_v, None, of_pyramid, *of_attention, *(None,) * 9
 
 
 sequence_attention.register_autograd(_backward, setup_context=_keep)

@@ -2,8 +2,9 @@
 
 Counting rules of operations. A multiplication and an addition are one operation each; a product with a weight matrix is
 2 per weight and token. The attention operator is counted all-in, on MAHA's and on dense's side alike:
-    both        score and value products of the visible pairs, RoPE (3 per turned element, at every scale), convolution
-                (6 for three taps, 1 for the product in silu, 1 for the sum, per channel)
+    both        score and value products of the visible pairs, RoPE (3 per turned element; of queries at every scale, or
+                once where all scales count tokens), convolution (6 for three taps, 1 for the product in silu, 1 for the
+                sum, per channel)
     MAHA        pyramid (a child of K or V: 4d + 1 with a gate, 2d + 1 of it for its score; 2d with a kernel, 2 per
                 weight; d for a mean or a maximum), key map (2d^2 per block), pooled queries (d per child),
                 utilities (2d + 1, + 1 with LSE, per scale; none for equal weights), Gram matrix (2d per pair of scales
@@ -129,7 +130,7 @@ def _maha_flops(config: Config, rows: int, kind: str) -> dict[str, float]:
     children = maha.ratio * sum(blocks[1:])
     per_child = {"gated": 4 * d + 1, "conv": 2 * d, "mean": d, "max": d}[maha.downsampling]
     pooled = maha.queries == "pooled"
-    queries = sum(blocks) if pooled else levels * rows
+    queries = sum(blocks) if pooled else rows * (levels if maha.rope_unit == "block" else 1)
     fused = rows * n if levels > 1 else 0
     utility = 0 if maha.aggregation == "mean" else branches * (2 * d + 1 + maha.lse_utility)
     solver = solver_flops(branches, aggregation=maha.aggregation, regularizer=maha.regularizer, coupling=maha.coupling)

@@ -32,6 +32,7 @@ _MAHA_KEYS = (
     "program",
     "lse_utility",
     "convolution",
+    "rope_unit",
 )
 _REFINE_KEYS = ("from_scale", "to_scale", "blocks")
 _DENSE_KEYS = ("qk_norm", "convolution")
@@ -44,6 +45,7 @@ _BEFORE_THE_KEY = {
     "maha.regularizer": "entropy",
     "maha.coupling": "none",
     "maha.program": "",
+    "maha.rope_unit": "block",
 }
 
 

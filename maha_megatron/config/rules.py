@@ -331,6 +331,7 @@ _SEVERAL_SCALES_ONLY = (
     "coupling",
     "program",
     "lse_utility",
+    "rope_unit",
 )
 # aggregation -> what it does not read, and why
 _NOT_READ = {
@@ -396,6 +397,12 @@ def layers_can_be_captured(config: Config) -> str | None:
     return f"train.cuda_graphs needs {'; '.join(wanted)}; or set it to false" if wanted else None
 
 
+def rope_unit_fits_queries(config: Config) -> str | None:
+    if uses_maha(config) and (config.maha.queries, config.maha.rope_unit) == ("pooled", "token"):
+        return "maha.rope_unit: token does not go with maha.queries: pooled, which stand for blocks; use block, or full"
+    return None
+
+
 def program_is_named(config: Config) -> str | None:
     if not uses_maha(config) or config.maha.aggregation != "program":
         return None
@@ -447,6 +454,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     attention_keys_have_effect,
     layers_can_be_captured,
     aggregation_keys_have_effect,
+    rope_unit_fits_queries,
     program_is_named,
     *REFINE_RULES,
 )

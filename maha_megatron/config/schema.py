@@ -139,6 +139,13 @@ class Maha:
         help="Add each scale's log-sum-exp to its utility: all scales then share one softmax.",
     )
     convolution: bool = leaf(True, owner="attention", help="Causal dilated depthwise convolution on q, k and v.")
+    rope_unit: str = leaf(
+        "block",
+        owner="attention",
+        choices=("block", "token"),
+        help="What rotary positions of a coarse scale count: its blocks, so that a step of every scale turns alike, or "
+        "tokens, as at the finest.",
+    )
     backend: str = leaf(
         "eager",
         owner="attention",

@@ -60,6 +60,7 @@ def maha_spec(config: Config, kind: str, program: Callable | None = None) -> Mah
         lse_utility=config.maha.lse_utility,
         convolution=config.maha.convolution,
         rope_base=config.model.rope_base,
+        rope_unit=config.maha.rope_unit,
         refine=_refinement(config) if kind == "refined" else None,
     )
 

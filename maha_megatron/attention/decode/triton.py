@@ -68,6 +68,7 @@ def advance(
         spec.ratio,
         list(spec.windows),
         spec.rope_base,
+        spec.rope_unit,
         spec.norm_epsilon,
         with_weights,
     )
@@ -218,14 +219,14 @@ def advance_streams(
     ratio: int,
     windows: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     with_weights: bool,
 ) -> Tensors:
     """Output, weights (empty if not asked for), and the state after it: offset, rewindable, entries, raw rows."""
-    spec = MahaSpec(
-        ratio=ratio, windows=tuple(windows), downsampling=downsampling, rope_base=rope_base, norm_epsilon=norm_epsilon
-    )
-    frequency = frequency_table(x[0].shape[-1], rope_base, ratio, len(windows), x[0].device)
+    rope = {"rope_base": rope_base, "rope_unit": rope_unit}
+    spec = MahaSpec(ratio=ratio, windows=tuple(windows), downsampling=downsampling, **rope, norm_epsilon=norm_epsilon)
+    frequency = frequency_table(x[0].shape[-1], rope_base, spec.rotary_ratio, len(windows), x[0].device)
     gains = (query_gain.contiguous(), key_gain.contiguous())
     utilities = (None, None) if rho is None else (rho.contiguous(), beta.contiguous())
     old, learned = Streams(tuple(entries), rows, offset, rewindable), Learned(*gains, *utilities, frequency)

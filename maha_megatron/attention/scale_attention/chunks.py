@@ -70,10 +70,10 @@ class Call:
         self.opened = None if spec.refine is None else Opened(self, *tensors[2 * spec.scales :], opened)
 
     def _positions(self, scale: int) -> torch.Tensor:
-        """fp64 [entries]: position b + (R - 1) / R of block b is that of its last row, over R."""
+        """fp64 [entries]: the position of a block is that of its last row, over R where positions count blocks."""
         band = self.bands[scale]
         slots = slots_of(self.document[: len(self.q)], band.stride_rows, self.past_slots[scale])
-        return (slots.last_row - slots.document).double() / band.stride_rows
+        return (slots.last_row - slots.document).double() / self.spec.rotary_stride(scale)
 
     def real(self, scale: int, span: range) -> slice:
         """The entries of a level that lie in a span of slots; the rest of the span is padding."""
@@ -157,13 +157,13 @@ class Chunk:
         target.copy_(rows[:, : target.shape[1]])
 
     def _turns(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """By scale: cos and sin [rows, 1, d] of the queries' positions t / R, times the 1 / sqrt(d) of the logits."""
-        width, position = self.raw.shape[-1], (self.row - self.document).double()
-        positions = torch.stack([position / band.stride_rows for band in self.call.bands])
-        cos, sin = rotation(positions[..., None], width, self.call.spec.rope_base, self.call.dtype)
+        """By scale: cos and sin [rows, 1, d] of the queries' positions, times the 1 / sqrt(d) of the logits."""
+        spec, position = self.call.spec, (self.row - self.document).double()
+        positions = torch.stack([position / spec.rotary_stride(scale) for scale in range(spec.scales)])
+        width = self.raw.shape[-1]
+        cos, sin = rotation(positions[..., None], width, spec.rope_base, self.call.dtype)
         turns = list(zip(cos.mul_(width**-0.5), sin.mul_(width**-0.5), strict=True))
-        refine = self.call.spec.refine
-        return turns if refine is None else [*turns, turns[refine.to_scale]]
+        return turns if spec.refine is None else [*turns, turns[spec.refine.to_scale]]
 
     def rotated(self, scale: int) -> torch.Tensor:
         """Queries as the logits of one scale read them."""

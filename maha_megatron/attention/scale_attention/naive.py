@@ -44,8 +44,9 @@ def attend(
             slots = slice(slot + blocks.start, slot + blocks.stop)
             query = q_tnd[start + first : start + last + 1].mean(0) if blocks else torch.zeros_like(q_tnd[row])
             query = normalise(query, parameters.query_gain, spec.norm_epsilon)
-            query_at = torch.tensor(last / step, dtype=torch.float64, device=q_tnd.device)
-            key_at = query_at.new_tensor([block + (step - 1) / step for block in blocks])[:, None]
+            turn = spec.rotary_stride(scale)
+            query_at = torch.tensor(last / turn, dtype=torch.float64, device=q_tnd.device)
+            key_at = query_at.new_tensor([(step * (block + 1) - 1) / turn for block in blocks])[:, None]
             query = rotate(query, *rotation(query_at, width, spec.rope_base, q_tnd.dtype))
             key = rotate(keys[scale][slots], *rotation(key_at, width, spec.rope_base, q_tnd.dtype))
             output, lse, probability = attend_blocks(query, key, values[scale][slots])
@@ -58,7 +59,7 @@ def attend(
             step = stride(spec.ratio, scale)
             opened = opened_blocks(probabilities[spec.refine.from_scale], row - start, groups, spec)
             slots = past_slots[scale] + first_slot(start, step) + opened.T, torch.arange(groups, device=opened.device)
-            key_at = opened.T.double() + (step - 1) / step
+            key_at = (step * (opened.T.double() + 1) - 1) / spec.rotary_stride(scale)
             key = rotate(keys[scale][slots], *rotation(key_at, width, spec.rope_base, q_tnd.dtype))
             output, lse, _ = attend_blocks(queries[scale], key, values[scale][slots])
             outputs.append(output)

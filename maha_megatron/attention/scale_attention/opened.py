@@ -61,7 +61,7 @@ class Opened:
         self.past = len(keys) - slot_count(rows, self.strides[1])
         self.keys, self.values = keys, values
         slots = slots_of(call.document[:rows], self.strides[1], self.past)
-        position = (slots.last_row - slots.document).double() / self.strides[1]
+        position = (slots.last_row - slots.document).double() / spec.rotary_stride(refine.to_scale)
         self.turn = rotation(position[:, None], keys.shape[-1], spec.rope_base, call.dtype)
         made = torch.empty(keys.shape, dtype=call.operand, device=keys.device)
         normalise_rotate(keys, call.key_gain, *self.turn, spec.norm_epsilon, made)

@@ -63,7 +63,7 @@ class Call:
 
     def _places(self) -> Places:
         spec = self.spec
-        frequency = frequency_table(self.d, spec.rope_base, spec.ratio, spec.scales, self.q.device)
+        frequency = frequency_table(self.d, spec.rope_base, spec.rotary_ratio, spec.scales, self.q.device)
         return Places(self.document_start, frequency, self.rows)
 
     def _queries(self) -> Queries:

@@ -43,6 +43,7 @@ def attend_opening(
         list(past_slots),
         [refine.from_scale, refine.to_scale, refine.blocks],
         spec.rope_base,
+        spec.rope_unit,
         spec.norm_epsilon,
         with_weights,
         numbers_of(tuning),
@@ -65,6 +66,7 @@ def refined_attention(
     past_slots: Numbers,
     refine: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     with_weights: bool,
     tiles: Numbers,
@@ -75,7 +77,7 @@ def refined_attention(
     `refine`: from_scale, to_scale and blocks.
     """
     tensors = (q, query_gain, key_gain, rho, beta, document_start, keys, values)
-    call = _call(*tensors, ratio, windows, past_slots, refine, rope_base, norm_epsilon, tiles)
+    call = _call(*tensors, ratio, windows, past_slots, refine, rope_base, rope_unit, norm_epsilon, tiles)
     found = call.forward_opened(with_weights)
     weights = found.lse.new_empty(0)
     if with_weights:
@@ -110,12 +112,13 @@ def refined_attention_backward(
     past_slots: Numbers,
     refine: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     tiles: Numbers,
 ) -> list[Tensor]:
     """Gradients of q, of every scale's keys, then values, of query gain and key gain, rho and beta."""
     tensors = (q, query_gain, key_gain, rho, beta, document_start, keys, values)
-    call = _call(*tensors, ratio, windows, past_slots, refine, rope_base, norm_epsilon, tiles)
+    call = _call(*tensors, ratio, windows, past_slots, refine, rope_base, rope_unit, norm_epsilon, tiles)
     return in_turn(*call.backward_opened(grad_out, out, lse, chosen))
 
 
@@ -126,20 +129,20 @@ def _(grad_out, out, lse, chosen, q, query_gain, key_gain, rho, beta, document_s
 
 def _call(
     q, query_gain, key_gain, rho, beta, document_start, keys, values,
-    ratio, windows, past_slots, refine, rope_base, norm_epsilon, tiles,
+    ratio, windows, past_slots, refine, rope_base, rope_unit, norm_epsilon, tiles,
 ) -> Call:  # fmt: skip
     tensors = (q, query_gain, key_gain, rho, beta, document_start, keys, values)
     refinement = Refinement(**dict(zip(("from_scale", "to_scale", "blocks"), refine, strict=True)))
-    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    numbers = (ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles)
     return call_of(Call, *tensors, *numbers, refine=refinement)
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, keys, values, ratio, windows, past_slots, refine, rope_base, norm_epsilon, _, tiles = inputs
+    *tensors, keys, values, ratio, windows, past_slots, refine, rope_base, rope_unit, norm_epsilon, _, tiles = inputs
     out, lse, weights, chosen = output
     ctx.mark_non_differentiable(lse, weights, chosen)
     ctx.save_for_backward(out, lse, chosen, *tensors, *keys, *values)
-    ctx.numbers = ratio, windows, past_slots, refine, rope_base, norm_epsilon, tiles
+    ctx.numbers = ratio, windows, past_slots, refine, rope_base, rope_unit, norm_epsilon, tiles
 
 
 def _backward(ctx, grad_out: Tensor, *_) -> tuple:
@@ -147,7 +150,7 @@ def _backward(ctx, grad_out: Tensor, *_) -> tuple:
     scales = len(levels) // 2
     given = (q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
     grads = refined_attention_backward(grad_out, out, lse, chosen, *given, *ctx.numbers)
-    return *of_inputs(grads, scales), *(None,) * 8
+    return *of_inputs(grads, scales), *(None,) * 9
 
 
 refined_attention.register_autograd(_backward, setup_context=_keep)

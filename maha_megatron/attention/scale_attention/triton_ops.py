@@ -38,6 +38,7 @@ def attend_jointly(
         list(spec.windows),
         list(past_slots),
         spec.rope_base,
+        spec.rope_unit,
         spec.norm_epsilon,
         not is_one_softmax(spec),
         with_weights,
@@ -91,6 +92,7 @@ def joint_attention(
     windows: Numbers,
     past_slots: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     apart: bool,
     with_weights: bool,
@@ -99,7 +101,7 @@ def joint_attention(
     """Output [t, n, d]; log-sum-exps [n, t] and, empty unless scales are apart, [n, L, t], in units of log 2; and scale
     weights [t, n, L], empty if not asked for.
     """
-    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    numbers = (ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles)
     call = call_of(kind_of(apart), q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     return outputs_of(*call.forward(with_weights))
 
@@ -142,12 +144,13 @@ def joint_attention_backward(
     windows: Numbers,
     past_slots: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     apart: bool,
     tiles: Numbers,
 ) -> list[Tensor]:
     """Gradients of q, of every scale's keys, then values, of query gain and key gain, and of rho and beta if given."""
-    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    numbers = (ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles)
     call = call_of(kind_of(apart), q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     return in_turn(*call.backward(grad_out, out, lse, own_lse if apart else None))
 
@@ -162,8 +165,8 @@ def call_of(
     kind: type[Call], q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers, refine=None
 ) -> Call:
     """The call behind an operator's arguments."""
-    ratio, windows, past_slots, rope_base, norm_epsilon, tiles = numbers
-    given = {"rope_base": rope_base, "norm_epsilon": norm_epsilon, "refine": refine}
+    ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles = numbers
+    given = {"rope_base": rope_base, "rope_unit": rope_unit, "norm_epsilon": norm_epsilon, "refine": refine}
     spec = MahaSpec(ratio=ratio, windows=tuple(windows), **given)
     levels = list(zip(keys, values, strict=True))
     tuning, past_slots = tuning_of(tiles), tuple(past_slots)
@@ -190,18 +193,18 @@ def empty_outputs(q: torch.Tensor, scales: int, *, apart: bool, with_weights: bo
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, keys, values, ratio, windows, past_slots, rope_base, norm_epsilon, apart, _, tiles = inputs
+    *tensors, keys, values, ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, apart, _, tiles = inputs
     *kept, weights = output
     ctx.mark_non_differentiable(*kept[1:], weights)
     ctx.save_for_backward(*kept, *tensors, *keys, *values)
-    ctx.numbers = ratio, windows, past_slots, rope_base, norm_epsilon, apart, tiles
+    ctx.numbers = ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, apart, tiles
 
 
 def _backward(ctx, grad_out: Tensor, *_) -> tuple:
     out, lse, own_lse, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
     scales = len(levels) // 2
     given = (out, lse, own_lse, q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
-    return *of_inputs(joint_attention_backward(grad_out, *given, *ctx.numbers), scales), *(None,) * 8
+    return *of_inputs(joint_attention_backward(grad_out, *given, *ctx.numbers), scales), *(None,) * 9
 
 
 joint_attention.register_autograd(_backward, setup_context=_keep)

@@ -40,6 +40,7 @@ def attend_scales(
         list(spec.windows),
         list(past_slots),
         spec.rope_base,
+        spec.rope_unit,
         spec.norm_epsilon,
         numbers_of(tuning),
     )
@@ -60,11 +61,12 @@ def scales_attention(
     windows: Numbers,
     past_slots: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     tiles: Numbers,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """O [t, n, L, d], LSE [t, n, L] and utilities [t, n, L], empty without rho."""
-    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    numbers = (ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles)
     call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     outs, lses, utilities = call.forward()
     return outs, lses, lses.new_empty(0) if utilities is None else utilities
@@ -96,11 +98,12 @@ def scales_attention_backward(
     windows: Numbers,
     past_slots: Numbers,
     rope_base: float,
+    rope_unit: str,
     norm_epsilon: float,
     tiles: Numbers,
 ) -> list[Tensor]:
     """Gradients of q, of every scale's keys, then values, of query gain and key gain, and of rho and beta if given."""
-    numbers = (ratio, windows, past_slots, rope_base, norm_epsilon, tiles)
+    numbers = (ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles)
     call = call_of(Call, q, query_gain, key_gain, rho, beta, document_start, keys, values, *numbers)
     utilities = None if rho is None else grad_utilities
     given = Given(outs, lses, grad_outs.contiguous(), grad_lses, utilities)
@@ -115,16 +118,16 @@ def _(grad_outs, grad_lses, grad_utilities, outs, lses, *inputs):
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, keys, values, ratio, windows, past_slots, rope_base, norm_epsilon, tiles = inputs
+    *tensors, keys, values, ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles = inputs
     ctx.save_for_backward(*output[:2], *tensors, *keys, *values)
-    ctx.numbers = ratio, windows, past_slots, rope_base, norm_epsilon, tiles
+    ctx.numbers = ratio, windows, past_slots, rope_base, rope_unit, norm_epsilon, tiles
 
 
 def _backward(ctx, *grads: Tensor) -> tuple:
     outs, lses, q, query_gain, key_gain, rho, beta, document_start, *levels = ctx.saved_tensors
     scales = len(levels) // 2
     given = (q, query_gain, key_gain, rho, beta, document_start, levels[:scales], levels[scales:])
-    return *of_inputs(scales_attention_backward(*grads, outs, lses, *given, *ctx.numbers), scales), *(None,) * 6
+    return *of_inputs(scales_attention_backward(*grads, outs, lses, *given, *ctx.numbers), scales), *(None,) * 7
 
 
 scales_attention.register_autograd(_backward, setup_context=_keep)

@@ -46,6 +46,9 @@ MAHA_CASES = [
     Case(lengths=(100, 50), n=2, g=1, spec=maha(ratio=3, windows=(20, 8, 5, 3, 2))),
     Case(lengths=(7, 160), n=2, g=1, spec=maha(ratio=5, windows=(20, 8, 5, 1), lse_utility=False)),
     Case(lengths=(170,), n=2, g=1, spec=maha(ratio=7, windows=(20, 8, 3))),
+    # rotary positions in tokens at every scale
+    Case(lengths=PACKED, n=4, g=2, spec=maha(rope_unit="token")),
+    Case(lengths=(100, 50), n=2, g=1, spec=maha(ratio=3, windows=(20, 8, 5), rope_unit="token", lse_utility=False)),
     # one scale: a plain sliding window
     Case(lengths=(130,), n=4, g=2, spec=maha(windows=(17,))),
     Case(lengths=PACKED, n=4, g=1, spec=maha(windows=(300,), lse_utility=False, convolution=False)),

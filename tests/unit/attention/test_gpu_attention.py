@@ -31,6 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # what makes one output of the scales' own, but for the quadratic: its gradient jumps where rounding moves a support
 FUSED = [
     {"lse_utility": False},
+    {"rope_unit": "token"},
     {"aggregation": "mean"},
     {"coupling": "gram"},
     {"aggregation": "nash"},

@@ -52,6 +52,7 @@ EVERYDAY = {
     "nash, gram": a_case(refined(aggregation="nash", coupling="gram"), (41, 5)),
     "mean": a_case(refined(aggregation="mean", downsampling="max"), (43,)),
     "no lse": a_case(refined(ratio=3, windows=(4, 3, 6), lse_utility=False), (59,)),
+    "positions in tokens": a_case(refined(SUMMARIES, rope_unit="token"), (61,)),
 }
 EVERYDAY_CASES = pytest.mark.parametrize("case", EVERYDAY.values(), ids=EVERYDAY)
 DTYPES = pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SPECS = {
     "lse": MahaSpec(ratio=4, windows=(6, 5, 12)),
     "no lse, mean": MahaSpec(ratio=4, windows=(6, 5, 12), lse_utility=False, downsampling="mean"),
     "ratio 3, no convolution": MahaSpec(ratio=3, windows=(7, 4, 3, 2), convolution=False),
+    "positions in tokens": MahaSpec(ratio=3, windows=(7, 4, 3, 2), rope_unit="token"),
     "least windows": MahaSpec(ratio=5, windows=(4, 4, 1)),
     "one scale": MahaSpec(ratio=2, windows=(9,)),
     "nash, gram": MahaSpec(ratio=4, windows=(6, 5, 12), aggregation="nash", coupling="gram", key_map=True),

@@ -33,6 +33,7 @@ def test_a_state_of_other_windows_is_refused():
         ({"downsampling": "mean"}, "its downsampling is not the layer's, mean"),
         ({"key_map": True}, "its key_map is not the layer's, True"),
         ({"rope_base": 500000.0}, "its rope_base is not the layer's, 500000.0"),
+        ({"rope_unit": "token"}, "its rope_unit is not the layer's, token"),
         ({"norm_epsilon": 1e-5}, "its norm_epsilon is not"),
         ({"convolution": False}, "its convolution is not the layer's, False"),
         ({"ratio": 3, "downsampling": "max"}, "its ratio is 4, the layer's 3; its downsampling is not"),

@@ -56,6 +56,8 @@ GAME = {"aggregation": "nash", "coupling": "gram"}
 # what makes one output of the scales' own, and whether every day
 FUSED = [
     ("no LSE", {"lse_utility": False}, True),
+    ("tokens", {"rope_unit": "token"}, True),
+    ("tokens, gram", {"rope_unit": "token", "coupling": "gram"}, False),
     ("quadratic", {"regularizer": "quadratic"}, False),
     ("quadratic, no LSE", {"regularizer": "quadratic", "lse_utility": False}, False),
     ("gram", {"coupling": "gram"}, True),

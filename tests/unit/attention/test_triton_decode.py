@@ -107,12 +107,15 @@ def check(case: Case, state: MahaState, rows: int, seed: int, new_documents=(), 
 SPECS = {
     "default": a_case(n=4, g=2),
     "ratio 3": a_case(MahaSpec(ratio=3, windows=(7, 4, 3, 2), convolution=False), n=3, d=64),
+    "positions in tokens": a_case(MahaSpec(ratio=3, windows=(7, 4, 3, 2), rope_unit="token")),
     "one scale": a_case(MahaSpec(ratio=2, windows=(9,)), d=128),
     "least windows, conv": a_case(MahaSpec(ratio=5, windows=(4, 4, 1), downsampling="conv")),
     "8 scales": a_case(MahaSpec(ratio=2, windows=(5, 4, 3, 3, 4, 2, 1, 1), downsampling="max"), n=1),
     "tiles of entries, mean": a_case(MahaSpec(ratio=4, windows=(70, 40), downsampling="mean")),
 }
-ONE_BY_ONE = everyday(SPECS, lambda name: name in ("default", "ratio 3", "tiles of entries, mean"))
+ONE_BY_ONE = everyday(
+    SPECS, lambda name: name in ("default", "ratio 3", "positions in tokens", "tiles of entries, mean")
+)
 AT_ONCE = everyday(SPECS, lambda name: name in ("default", "one scale", "least windows, conv"))
 
 

@@ -30,7 +30,7 @@ def attention_inputs(with_weights: bool, utilities: bool = True, apart: bool = F
     coarse = [torch.randn(5, 1, 32, device=DEVICE).requires_grad_() for _ in range(2)]
     learned = [values[name] for name in ("utility_query", "utility_bias")] if utilities else [None, None]
     gains = [values[name] for name in ("query_gain", "key_gain")]
-    numbers = (4, [9, 5], [0, 0], 10000.0, 1e-6, apart, with_weights, numbers_of(SMALL))
+    numbers = (4, [9, 5], [0, 0], 10000.0, "block", 1e-6, apart, with_weights, numbers_of(SMALL))
     return (values["q"], *gains, *learned, start_t, [keys, coarse[0]], [*levels, coarse[1]], *numbers)
 
 
@@ -50,7 +50,7 @@ def decoding_inputs(spec: MahaSpec, with_weights: bool) -> tuple:
     pyramid_learned = [values[name] for name in ("gate_query", "gate_bias") if name in values]
     names = ("query_gain", "key_gain", "utility_query", "utility_bias")
     learned = (values.get("convolution"), pyramid_learned, *(values.get(name) for name in names))
-    numbers = ("gated", spec.ratio, list(spec.windows), spec.rope_base, spec.norm_epsilon)
+    numbers = ("gated", spec.ratio, list(spec.windows), spec.rope_base, spec.rope_unit, spec.norm_epsilon)
     return [values[name] for name in "qkv"], starts, *of_state, *learned, *numbers, with_weights
 
 

@@ -78,6 +78,9 @@ CASES = [
     pytest.param(Case(lengths=(9,), n=1, g=1, d=32, spec=spec()), id="nothing to open"),
     pytest.param(Case(lengths=(3, 58), n=2, g=1, d=32, spec=spec(SUMMARIES, 3, (4, 3, 5, 2))), id="summaries, ratio 3"),
     pytest.param(
+        Case(lengths=(58,), n=2, g=1, d=32, spec=spec(SUMMARIES, 3, (4, 3, 5, 2), rope_unit="token")), id="in tokens"
+    ),
+    pytest.param(
         Case(lengths=(90, 31), n=4, g=2, d=32, spec=spec(BELOW, 4, (5, 9, 3))), marks=full, id="a finer scale"
     ),
     pytest.param(Case(lengths=(150, 9, 70), n=4, g=2, d=32, spec=spec(ratio=4)), marks=full, id="many tiles"),
@@ -212,7 +215,7 @@ def operator_inputs(case: Case, values: dict[str, torch.Tensor], with_weights: b
     learned = [values[name] for name in ("query_gain", "key_gain", "utility_query", "utility_bias")]
     refine, spec = case.spec.refine, case.spec
     numbers = (spec.ratio, list(spec.windows), [0] * spec.scales, [refine.from_scale, refine.to_scale, refine.blocks])
-    others = (spec.rope_base, spec.norm_epsilon, with_weights, numbers_of(SMALL))
+    others = (spec.rope_base, spec.rope_unit, spec.norm_epsilon, with_weights, numbers_of(SMALL))
     return values["q"], *learned, start_t, keys, level_values, *numbers, *others
 
 

@@ -63,7 +63,7 @@ def operator_inputs(apart: bool) -> tuple:
     learned = [values["gate_query"], values["gate_bias"]]
     tensors = (*(values[name] for name in "qkv"), documents_of(case, DEVICE).start_t, learned)
     names = ("query_gain", "key_gain", "utility_query", "utility_bias")
-    numbers = ("gated", 4, [9, 5], SPEC.rope_base, SPEC.norm_epsilon, apart, True, numbers_of(SMALL))
+    numbers = ("gated", 4, [9, 5], SPEC.rope_base, SPEC.rope_unit, SPEC.norm_epsilon, apart, True, numbers_of(SMALL))
     return *tensors, *(values[name] for name in names), *numbers
 
 

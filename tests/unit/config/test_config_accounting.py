@@ -1,5 +1,6 @@
 """Parameters and operations against formulae, figures of the definition, and counts made another way."""
 
+import dataclasses
 import itertools
 import math
 
@@ -164,6 +165,9 @@ def test_operator_counted_row_by_row():
         "solver": 0,
         "combination": combination,
     }
+    in_tokens = dataclasses.replace(tree, maha=dataclasses.replace(tree.maha, rope_unit="token"))
+    found = accounting.attention_flops(in_tokens, rows)["maha"]["rope"]
+    assert found == rope - (len(windows) - 1) * 3 * d * n * rows, "queries turn once"
 
 
 def test_every_option_counted_row_by_row():

@@ -157,6 +157,9 @@ REFUSED = {
         ({"maha": {"aggregation": "program", "program": "a/b.py:build"}}, ["'a/b.py:build'"]),
         ({"maha": {"aggregation": "program", "program": "a:b:c"}}, ["'a:b:c'"]),
     ],
+    "rope_unit_fits_queries": [
+        ({"maha": {"rope_unit": "token", "queries": "pooled"}}, ["rope_unit: token", "use block, or full"]),
+    ],
     "refine_keys_have_effect": [
         ({"refine": {"from_scale": 3, "blocks": 9}}, ["refine.from_scale, refine.blocks", "no effect", "refined]"]),
     ],
@@ -200,6 +203,7 @@ ACCEPTED = [
     {"maha": {"windows": [128, 112, 124, 70]}},
     {"maha": {"aggregation": "nash", "regularizer": "quadratic", "coupling": "gram", "lse_utility": False}},
     {"maha": {"aggregation": "nash"}},
+    {"maha": {"rope_unit": "token"}},
     {"maha": {"regularizer": "quadratic"}},
     {"maha": {"coupling": "gram"}},
     {"maha": {"aggregation": "mean", "queries": "pooled", "downsampling": "max", "key_map": True}},
