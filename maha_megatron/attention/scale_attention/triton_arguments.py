@@ -197,3 +197,16 @@ class GroupSizes:
     def rows(self) -> int:
         """Of a program."""
         return 128 // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyGroupSizes:
+    """More numbers that the keys' gradients by warp groups are compiled for.
+
+    Args:
+        stages: tiles of turned queries and dO in shared memory.
+        shared: whether several programs share the rows that see some tile of keys.
+    """
+
+    stages: int
+    shared: bool
