@@ -1,6 +1,6 @@
 """Kernels compiled ahead, for a card that is not there.
 
-python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints registers, spills and shared memory as JSON
+python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints what `Compiled` has, without PTX, as JSON
 WHICH: as `chosen` has it, or "by warp groups" or "refined"
 """
 
@@ -53,6 +53,7 @@ class Compiled:
     shared_bytes: int
     stages: int
     tiles: list[int]
+    counters: tuple[int, ...]  # of every loop over a program's work: how many whole numbers it carries along
     ptx: str
 
 
@@ -75,6 +76,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         shared_bytes=made.metadata.shared,
         stages=made.metadata.num_stages,
         tiles=[] if kernel.is_gluon() else _tiles_read_unfinished(str(made.asm["ttgir"])),
+        counters=_counters(str(made.asm["ttgir"])),
         ptx=str(made.asm["ptx"]),
     )
 
@@ -346,6 +348,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
     return int(registers[1]), int(stack[1])
+
+
+def _counters(ttgir: str) -> tuple[int, ...]:
+    step = "|".join(set(re.findall(r"(%\w+) = tt\.get_num_programs", ttgir)))
+    loops = re.findall(rf"scf\.for .* step (?:{step}) (?:iter_args\(.*\) -> \((.*)\) )? ?: i32", ttgir) if step else []
+    return tuple(carried.split(", ").count("i32") for carried in loops)
 
 
 def chosen(launches: dict[str, Launch], which: str) -> dict[str, Launch]:
