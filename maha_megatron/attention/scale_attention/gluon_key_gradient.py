@@ -23,50 +23,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from maha_megatron.attention.scale_attention.gluon_forward import accumulator, written_rows
-from maha_megatron.attention.scale_attention.gluon_loading import barrier_pairs, ends_of, let_go, wait_for
+from maha_megatron.attention.scale_attention.gluon_loading import barrier_pairs, ends_of, let_go, skip, wait_for
 from maha_megatron.attention.scale_attention.triton_forward import LOG2_E, seen_by_whole_tile
 from maha_megatron.attention.scale_attention.triton_geometry import cosine_sine, halves, inverse_norm, rotated, turns
-from maha_megatron.attention.scale_attention.triton_key_gradient import locate_part, part_of_rows
+from maha_megatron.attention.scale_attention.triton_key_gradient import first_program
+from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS, ROWS, locate_work, tiles_of_work
 from maha_megatron.attention.scale_attention.triton_keys import at_entries, places_of
 from maha_megatron.attention.triton_slots import (
     entries_before,
     past_of,
     pick,
     slot_count,
-    stride_of,
     visible,
     window_of,
     within,
 )
 
-KEYS = gl.constexpr(64)  # of a warp group
-ROWS = gl.constexpr(64)  # of a tile
 NUMBERS = gl.constexpr(4)  # of a row: norm in units of logits, offset, norm, delta times norm
 SIGHTS = gl.constexpr(2)  # of a row: the first slot that it sees, and how many
-NOTES = gl.constexpr(4)  # of a warp group: near, far, count of `tiles_of_group`, and its number; behind them the rows
+NOTES = gl.constexpr(4)  # of a warp group: near, far, count of `tiles_of_keys`, and its number; behind them the rows
 OF_ROWS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # how the loader holds a tile's, or a sample
-
-
-@gluon.jit
-def located(work, queries, rows, parts, SHAPE: gl.constexpr):
-    """Scale, tile of 128 keys, part and KV group of a work; the coarsest scale comes first."""
-    groups = queries.n // queries.n_per_group
-    scale, tile, part, _line = locate_part(work // groups, rows, parts, 2 * KEYS, SHAPE)
-    return scale, tile, part, work % groups
-
-
-@gluon.jit
-def rows_of_slots(slot, end, places, scale, SHAPE: gl.constexpr):
-    """As `seeing_rows` of triton_key_gradient.py, by a sample of as many rows as a tile has."""
-    stride, window, rows = stride_of(SHAPE.ratio, scale), window_of(scale, SHAPE), places.rows
-    begin = gl.minimum(gl.maximum(slot, 0) * stride, rows)
-    stop = gl.minimum((end.to(gl.int64) + window) * stride - 1, rows).to(gl.int32)
-    step = gl.cdiv(gl.maximum(stop - begin, 1), ROWS)
-    row = begin + gl.arange(0, ROWS, layout=OF_ROWS) * step
-    document = gl.load(places.document_start + gl.minimum(row, rows - 1)).to(gl.int32)
-    first, _ = visible(row, document, window, SHAPE.ratio, scale)
-    count = gl.sum(((row < stop) & (first < end)).to(gl.int32), 0)
-    return begin, gl.where(slot < end, gl.minimum(begin + count * step, stop), begin)
 
 
 @gluon.jit
@@ -83,7 +59,7 @@ def taken(buffer, WARPS: gl.constexpr):
 
 @gluon.jit
 def load_keys(turn, at, scale, tiles, described, shared, SHAPE: gl.constexpr, GROUP: gl.constexpr):
-    """A warp group's keys and values; and what `tiles_of_group` says of the tiles of rows of a head.
+    """A warp group's keys and values; and what `tiles_of_keys` says of the tiles of rows of a head.
 
     `at`: row of the prepared keys, and of the values, and these' first number.
     """
@@ -93,7 +69,7 @@ def load_keys(turn, at, scale, tiles, described, shared, SHAPE: gl.constexpr, GR
     for i in gl.static_range(3):
         put(tiles[i], notes.index(NOTES * GROUP + i), 1)
     gl.thread_barrier()
-    mbarrier.expect(full, 2 * KEYS * 2 * SHAPE.half * 2)
+    mbarrier.expect(full, 2 * GROUP_KEYS * 2 * SHAPE.half * 2)
     tma.async_copy_global_to_shared(described[0], [at[0], 0], full, key_buffers.index(GROUP))
     for i in gl.static_range(len(SHAPE.windows)):
         if scale == i:
@@ -143,14 +119,6 @@ def load_rows(tile, start, head, scale, given, described, ring, SHAPE: gl.conste
 
 
 @gluon.jit
-def tiles_of_group(seen_by, begin, count):
-    """Of `count` tiles of rows from `begin` on: which [near, far) hold rows of a range."""
-    near = gl.minimum(gl.maximum(seen_by[0] - begin, 0) // ROWS, count)
-    far = gl.minimum(gl.cdiv(gl.maximum(seen_by[1] - begin, 0), ROWS), count)
-    return near, gl.where(seen_by[0] < seen_by[1], gl.maximum(far, near), near), count
-
-
-@gluon.jit
 def load(given, keys, parts, works, described, shared, SHAPE: gl.constexpr, EACH: gl.constexpr):
     """The loader: for all work of a program its keys, and the rows that see them."""
     queries, places, _grad_out, _found = given
@@ -158,34 +126,19 @@ def load(given, keys, parts, works, described, shared, SHAPE: gl.constexpr, EACH
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         rows = taken(of_keys[2].index(2 * NOTES), 1)
-        scale, at, part, group = located(work, queries, rows, parts, SHAPE)
-        past, entry = past_of(scale, SHAPE), at * (2 * KEYS)
-        end = slot_count(rows, SHAPE.ratio, scale)
-        slot = entry - past
-        seen_by_0 = rows_of_slots(slot, gl.minimum(slot + KEYS, end), places, scale, SHAPE)
-        seen_by_1 = rows_of_slots(slot + KEYS, gl.minimum(slot + 2 * KEYS, end), places, scale, SHAPE)
-        seen_by = (seen_by_0[0], gl.maximum(seen_by_0[1], seen_by_1[1]))
-        begin, stop = part_of_rows(seen_by, part, pick(parts, scale), ROWS)
-        count = gl.cdiv(gl.maximum(stop - begin, 0), ROWS)
+        scale, at, part, group = locate_work(work, queries.n // queries.n_per_group, rows, parts, SHAPE)
+        sample, entry = gl.arange(0, ROWS, layout=OF_ROWS), at * (2 * GROUP_KEYS)
+        begin, tiles_0, tiles_1 = tiles_of_work(scale, at, part, sample, places, parts, SHAPE)
         key_at = group * keys.total + entries_before(scale, rows, SHAPE) + entry
         channel = group * pick(keys.raw_values.group_strides, scale)
-        tiles = tiles_of_group(seen_by_0, begin, count)
-        load_keys(turn, (key_at, entry, channel), scale, tiles, described, of_keys, SHAPE, 0)
-        tiles = tiles_of_group(seen_by_1, begin, count)
-        load_keys(turn, (key_at + KEYS, entry + KEYS, channel), scale, tiles, described, of_keys, SHAPE, 1)
+        load_keys(turn, (key_at, entry, channel), scale, tiles_0, described, of_keys, SHAPE, 0)
+        second = (key_at + GROUP_KEYS, entry + GROUP_KEYS, channel)
+        load_keys(turn, second, scale, tiles_1, described, of_keys, SHAPE, 1)
         turn += 1
         for head in range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
-            for i in range(count):
+            for i in range(tiles_0[2]):
                 load_rows(tile, begin + i * ROWS, head, scale, given, described, ring, SHAPE, EACH)
                 tile += 1
-
-
-@gluon.jit
-def skip(tile, first, last, barriers):
-    """Lets go of tiles, from `tile` on, whose rows see none of the warp group's keys; not before they are there."""
-    for i in range(first, last):
-        wait_for(barriers, tile + i)
-        let_go(barriers, tile + i)
 
 
 @gluon.jit
@@ -196,7 +149,7 @@ def add_tile(tile, slot, sums, of_tile, ring, GROUP: gl.constexpr):
     LOGITS: gl.constexpr = accumulator(ROWS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, grad_key.type.layout, 2)
     OF_COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    none = gl.zeros([KEYS, ROWS], gl.float32, LOGITS)
+    none = gl.zeros([GROUP_KEYS, ROWS], gl.float32, LOGITS)
     stage = tile % query_buffers.shape[0]
     query, grad = query_buffers.index(stage), grad_buffers.index(stage)
     # which is GROUP, but descriptors of what lies at a constant place are held in registers that are not there
@@ -210,10 +163,10 @@ def add_tile(tile, slot, sums, of_tile, ring, GROUP: gl.constexpr):
     unit = numbers.index(NUMBERS * stage).load(OF_COLUMNS)
     offset = numbers.index(NUMBERS * stage + 1).load(OF_COLUMNS)
     logits = logits * unit[None, :] + offset[None, :]
-    if (slot < whole_from) | (slot + KEYS > whole_to):  # some row does not see all of the keys
+    if (slot < whole_from) | (slot + GROUP_KEYS > whole_to):  # some row does not see all of the keys
         see_from = sights.index(SIGHTS * stage).load(OF_COLUMNS)
         count = sights.index(SIGHTS * stage + 1).load(OF_COLUMNS)
-        key_slot = slot + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LOGITS))
+        key_slot = slot + gl.arange(0, GROUP_KEYS, layout=gl.SliceLayout(1, LOGITS))
         logits = gl.where(within(key_slot[:, None], see_from[None, :], count[None, :]), logits, float("-inf"))
     weight = gl.exp2(logits)
     left = gl.convert_layout(weight.to(query_buffers.dtype), OPERAND)
@@ -245,12 +198,12 @@ def store_halves(to, first, second, mask, HALF: gl.constexpr):
 @gluon.jit
 def store_sums(sums, before, made, HALF: gl.constexpr, LAYOUT: gl.constexpr):
     """Of a part: dK' and dV as they are, for add_parts_kernel."""
-    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
+    key = gl.arange(0, GROUP_KEYS, layout=gl.SliceLayout(1, LAYOUT))
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
-    at = made.sums + before.to(gl.int64) * (4 * KEYS * HALF) + key[:, None] * (2 * HALF) + channel[None, :]
+    at = made.sums + before.to(gl.int64) * (4 * GROUP_KEYS * HALF) + key[:, None] * (2 * HALF) + channel[None, :]
     for i in gl.static_range(2):
         first, second = written_halves(sums[i], LAYOUT)
-        store_halves(at + i * 2 * KEYS * HALF, first, second, None, HALF)
+        store_halves(at + i * 2 * GROUP_KEYS * HALF, first, second, None, HALF)
 
 
 @gluon.jit
@@ -266,7 +219,7 @@ def store_gradients(sums, where, line, groups, of_keys, places, made, SHAPE: gl.
     HALF: gl.constexpr = SHAPE.half
     raw_keys, key_gain = of_keys
     entry, entries, group, scale = where
-    own = entry + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
+    own = entry + gl.arange(0, GROUP_KEYS, layout=gl.SliceLayout(1, LAYOUT))
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
     inside = (own < entries)[:, None]
     first, second = written_halves(sums[1], LAYOUT)
@@ -304,24 +257,19 @@ def finish(
     GROUP: gl.constexpr,
 ):
     """Writes a warp group's gradients, or its part of them."""
-    PASTS: gl.constexpr = SHAPE.past_slots
     LAYOUT: gl.constexpr = written_rows(SHAPE.half)
     groups = queries.n // queries.n_per_group
-    scale, tile, part, group = located(work, queries, rows, parts, SHAPE)
+    scale, tile, part, group = locate_work(work, groups, rows, parts, SHAPE)
     tile = 2 * tile + GROUP
     entries = past_of(scale, SHAPE) + slot_count(rows, SHAPE.ratio, scale)
-    line, program = tile, tile * pick(parts, scale) + part
-    for i in gl.static_range(len(PASTS)):
-        before = gl.where(i > scale, gl.cdiv(PASTS[i] + slot_count(rows, SHAPE.ratio, i), KEYS), 0)
-        line += before
-        program += before * parts[i]
-    there, alone = tile * KEYS < entries, True
+    first, line = first_program(scale, tile, rows, parts, GROUP_KEYS, SHAPE)
+    there, alone = tile * GROUP_KEYS < entries, True
     if SIZES.shared:
         alone = pick(parts, scale) == 1
         if there & (alone == 0):
-            store_sums(sums, program * groups + group, made, SHAPE.half, LAYOUT)
+            store_sums(sums, (first + part) * groups + group, made, SHAPE.half, LAYOUT)
     if there & alone:
-        where = (tile * KEYS, entries, group, scale)
+        where = (tile * GROUP_KEYS, entries, group, scale)
         store_gradients(sums, where, line, groups, of_keys, places, made, SHAPE, LAYOUT)
 
 
@@ -334,16 +282,17 @@ def add_up(given, of_keys, parts, works, made, shared, SHAPE: gl.constexpr, SIZE
     WIDTH: gl.constexpr = 2 * SHAPE.half
     tile, turn = gl.to_tensor(0), gl.to_tensor(0)
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        scale, at, _part, _group = located(work, queries, taken(notes.index(2 * NOTES), 4), parts, SHAPE)
-        slot = (2 * at + GROUP) * KEYS - past_of(scale, SHAPE)
-        grad_key = gl.zeros([KEYS, WIDTH], gl.float32, accumulator(WIDTH))
-        grad_value = gl.zeros([KEYS, WIDTH], gl.float32, accumulator(WIDTH))
+        rows = taken(notes.index(2 * NOTES), 4)
+        scale, at, _part, _group = locate_work(work, queries.n // queries.n_per_group, rows, parts, SHAPE)
+        slot = (2 * at + GROUP) * GROUP_KEYS - past_of(scale, SHAPE)
+        grad_key = gl.zeros([GROUP_KEYS, WIDTH], gl.float32, accumulator(WIDTH))
+        grad_value = gl.zeros([GROUP_KEYS, WIDTH], gl.float32, accumulator(WIDTH))
         mbarrier.wait(key_barriers[0].index(GROUP), turn & 1)
         near, far = taken(notes.index(NOTES * GROUP), 4), taken(notes.index(NOTES * GROUP + 1), 4)
         count = taken(notes.index(NOTES * GROUP + 2), 4)
         for _head in range(queries.n_per_group):
-            # `tile` is not in the bounds of these: Triton (3.6) takes what lies in bounds of inner loops alone for
-            # unused, and an outer loop then begins every time with the tile that it began with at first
+            # `tile` is added inside of these loops, not to their bounds: Triton (3.6) drops a number that a loop
+            # carries along if only bounds of inner loops use it; every head and work would begin with the same tile
             skip(tile, 0, near, ring[5])
             for i in range(near, far):
                 grad_key, grad_value = add_tile(tile + i, slot, (grad_key, grad_value), of_tile, ring, GROUP)
@@ -388,8 +337,8 @@ def key_gradient_by_groups_kernel(
     operand: gl.constexpr = keys.prepared.dtype.element_ty
     WIDTH: gl.constexpr = 2 * SHAPE.half
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    key_buffers = gl.allocate_shared_memory(operand, [2, KEYS, WIDTH], key_entries.layout)
-    value_buffers = gl.allocate_shared_memory(operand, [2, KEYS, WIDTH], value_0.layout)
+    key_buffers = gl.allocate_shared_memory(operand, [2, GROUP_KEYS, WIDTH], key_entries.layout)
+    value_buffers = gl.allocate_shared_memory(operand, [2, GROUP_KEYS, WIDTH], value_0.layout)
     query_buffers = gl.allocate_shared_memory(operand, [STAGES, ROWS, WIDTH], turned_rows.layout)
     grad_buffers = gl.allocate_shared_memory(operand, [STAGES, ROWS, WIDTH], grad_rows.layout)
     numbers = gl.allocate_shared_memory(gl.float32, [NUMBERS * STAGES, ROWS], PLAIN)

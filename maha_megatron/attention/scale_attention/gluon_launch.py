@@ -9,10 +9,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
-from maha_megatron.attention.scale_attention.gluon_key_gradient import KEYS as KEYS_OF_GROUP
-from maha_megatron.attention.scale_attention.gluon_key_gradient import ROWS, key_gradient_by_groups_kernel
+from maha_megatron.attention.scale_attention.gluon_key_gradient import key_gradient_by_groups_kernel
 from maha_megatron.attention.scale_attention.gluon_loading import GROUP_ROWS, KEYS
 from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes, KeyGroupSizes
+from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS, ROWS
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, KeyGroupTiles
 from maha_megatron.attention.triton_launch import Launch
 
@@ -21,18 +21,18 @@ _REGISTERS = 168  # of each of 384 threads at the start; consumers then get what
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def unserved(q: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
-    """What keeps the kernels from a call, in words; None where they serve it on a Hopper card.
+def unserved(rows: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
+    """What keeps a kernel from a call, in words; None where it serves it on a Hopper card.
 
-    q: queries, or what else of rows a kernel reads as it is given: dO [rows, heads, d].
+    rows: what it reads as it is given, [rows, heads, d]: the forward queries, the keys' gradients dO.
     """
-    if q.dtype not in _KINDS or q.shape[-1] not in (64, 128):
-        return f"{q.dtype}, heads of {q.shape[-1]} channels"
+    if rows.dtype not in _KINDS or rows.shape[-1] not in (64, 128):
+        return f"{rows.dtype}, heads of {rows.shape[-1]} channels"
     if len(values) > _MOST_SCALES:
         return f"{len(values)} scales"
-    read = (q, *values)
-    if any(x.dtype != q.dtype for x in read):
-        return "values of another dtype than queries"
+    read = (rows, *values)
+    if any(x.dtype != rows.dtype for x in read):
+        return "values of another dtype than rows"
     if any(x.stride(0) < _row_length(x) for x in read):
         return "rows that overlap in memory"
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in read)
@@ -54,14 +54,8 @@ def launch(
     }
     heads = math.gcd(tiles.heads, n // keys.shape[0])
     sizes = GroupSizes(heads=heads, stages=tiles.stages, each=each)
-    work = -(-rows // sizes.rows) * (n // heads)
-    return Launch(
-        kernel=attend_by_groups_kernel,
-        grid=(min(work, _multiprocessors(q.device)),),
-        arguments=described | arguments | {"SIZES": sizes},
-        options={"num_warps": 4, "maxnreg": _REGISTERS},
-        device=q.device,
-    )
+    works = -(-rows // sizes.rows) * (n // heads)
+    return _launch(attend_by_groups_kernel, works, described | arguments | {"SIZES": sizes}, q.device)
 
 
 def launch_key_gradients(
@@ -76,17 +70,18 @@ def launch_key_gradients(
     described = {
         "turned_rows": _described(turned.view(-1, 1, width), ROWS.value, width),
         "grad_rows": _described(grad_out, ROWS.value, width),
-        "key_entries": _described(keys.view(-1, 1, width), KEYS_OF_GROUP.value, width),
-        **_described_values(values, KEYS_OF_GROUP.value),
+        "key_entries": _described(keys.view(-1, 1, width), GROUP_KEYS.value, width),
+        **_described_values(values, GROUP_KEYS.value),
     }
     sizes = KeyGroupSizes(stages=tiles.stages, shared=max(arguments["parts"]) > 1)
-    return Launch(
-        kernel=key_gradient_by_groups_kernel,
-        grid=(min(works, _multiprocessors(grad_out.device)),),
-        arguments=described | arguments | {"works": works, "SIZES": sizes},
-        options={"num_warps": 4, "maxnreg": _REGISTERS},
-        device=grad_out.device,
-    )
+    of_kernel = described | arguments | {"works": works, "SIZES": sizes}
+    return _launch(key_gradient_by_groups_kernel, works, of_kernel, grad_out.device)
+
+
+def _launch(kernel, works: int, arguments: dict[str, object], device: torch.device) -> Launch:
+    """A program for each multiprocessor, which does one work after another."""
+    grid, options = (min(works, _multiprocessors(device)),), {"num_warps": 4, "maxnreg": _REGISTERS}
+    return Launch(kernel=kernel, grid=grid, arguments=arguments, options=options, device=device)
 
 
 def _described_values(values: Sequence[torch.Tensor], keys: int) -> dict[str, TensorDescriptor | None]:

@@ -4,6 +4,8 @@
     backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel,
                 by a few KV groups
 
+On Hopper cards kernels by warp groups take the place of attend_kernel and key_gradient_kernel (gluon_launch.py).
+
 Kept for backward: q, the levels, out, and one number per row and head; where utilities alone weigh the scales, one more
 for each scale. Backward's own buffers, turned queries and prepared keys, are those of a few groups. Every sum has a
 fixed order, so results are bitwise reproducible.
@@ -31,6 +33,7 @@ from maha_megatron.attention.scale_attention.triton_arguments import (
 from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
 from maha_megatron.attention.scale_attention.triton_key_gradient import add_parts_kernel, key_gradient_kernel
+from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
@@ -176,10 +179,11 @@ class Call:
     def _key_gradients_by_groups(self, keys, grad_out, *tensors) -> Launch | None:
         """By warp groups, of key_gradient_kernel's tensors; None where they do not serve the call.
 
-        They begin sums with 0, so a refined layer's, which begin with what opened blocks found, are not served.
+        They begin sums with 0, so a refined layer's, which begin with what opened blocks found, are not served; and
+        parts, sums and gains are counted by tiles of the table, which have to be a warp group's.
         """
         by_groups, tiles = _by_groups_if(self.tuning.key_groups), self.tuning.key_gradient
-        if by_groups is None or self.spec.refine is not None or tiles.keys != by_groups.KEYS_OF_GROUP.value:
+        if by_groups is None or self.spec.refine is not None or tiles.keys != GROUP_KEYS.value:
             return None
         rows = grad_out.flatten(1, -2)
         if by_groups.unserved(rows, self.values) is not None:
