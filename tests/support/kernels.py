@@ -351,6 +351,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _counters(ttgir: str) -> tuple[int, ...]:
+    """Compiled.counters. A loop over a program's work goes on by the number of programs."""
     step = "|".join(set(re.findall(r"(%\w+) = tt\.get_num_programs", ttgir)))
     loops = re.findall(rf"scf\.for .* step (?:{step}) (?:iter_args\(.*\) -> \((.*)\) )? ?: i32", ttgir) if step else []
     return tuple(carried.split(", ").count("i32") for carried in loops)

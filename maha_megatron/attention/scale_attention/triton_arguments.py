@@ -181,7 +181,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSizes:
-    """More numbers that the kernel of warp groups is compiled for.
+    """More numbers that the forward by warp groups is compiled for.
 
     Args:
         heads: query heads of a program, 1 or 2.

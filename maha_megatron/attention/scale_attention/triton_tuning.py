@@ -30,7 +30,7 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTiles:
-    """Tiles of the kernel of warp groups (gluon_forward.py), which has two of 64 rows in a program.
+    """Tiles of the forward by warp groups (gluon_forward.py), which has two of 64 rows in a program.
 
     Args:
         heads: 2, then a program has 64 rows of two heads, where 2 divides n/g; otherwise 128 rows of one.
@@ -64,8 +64,10 @@ class Tuning:
         opened, opened_gradient: of opened keys; `rows` that opened one block.
         run: choices of a KV group, of which a row makes as many as it opens blocks, that one program of those takes.
         groups: of the forward by warp groups, on Hopper cards; None: the portable kernels, with `forward`.
-        key_groups: of the keys' gradients by warp groups, there; None: the portable kernel, with `key_gradient`.
-        span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
+        key_groups: of the keys' gradients by warp groups, there, where `key_gradient.keys` is 64; None: the portable
+            kernel, with `key_gradient`.
+        span: the most rows that one program of the keys' gradients, of either kernel, goes over, about; more programs
+            share a tile of keys beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """
 

@@ -61,9 +61,8 @@ def overtaken(found: dict[str, dict[str, int]]) -> set[str]:
 
 
 def check_counters(found: dict[str, dict[str, int]]) -> None:
-    """Both consumers and the loader count tiles and turns from one work to the next; a counter may be optimised away.
-
-    Triton (3.6) drops what a loop carries along if it is in bounds of inner loops alone.
+    """Both consumers and the loader count tiles and turns from one work to the next; the compiler may drop a counter
+    (`add_up` of gluon_key_gradient.py says when).
     """
     assert {name: one["counters"] for name, one in found.items() if one["counters"] != [2, 2, 2]} == {}
 
