@@ -130,4 +130,4 @@ def test_warp_groups_compile_at_the_ends_of_what_they_serve(width, dtype):
     for name in found.keys() - of_keys:
         assert found[name]["spilled_bytes"] <= (80 if name.startswith("weighed") else 32), name
     # of a loader that divides by a ratio of 3, and of what is worked out of numbers that are compiled in
-    assert max(found[name]["spilled_bytes"] for name in of_keys) <= 80
+    assert max(found[name]["spilled_bytes"] for name in of_keys) <= 88
