@@ -1,6 +1,6 @@
 """Kernels compiled ahead, for a card that is not there.
 
-python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints registers, spills and shared memory as JSON
+python -m tests.support.kernels CAPABILITY WIDTH DTYPE WHICH     prints what `Compiled` has, without PTX, as JSON
 WHICH: as `chosen` has it, or "by warp groups" or "refined"
 """
 
@@ -53,6 +53,7 @@ class Compiled:
     shared_bytes: int
     stages: int
     tiles: list[int]
+    counters: tuple[int, ...]  # of every loop over a program's work: how many whole numbers it carries along
     ptx: str
 
 
@@ -75,6 +76,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         shared_bytes=made.metadata.shared,
         stages=made.metadata.num_stages,
         tiles=[] if kernel.is_gluon() else _tiles_read_unfinished(str(made.asm["ttgir"])),
+        counters=_counters(str(made.asm["ttgir"])),
         ptx=str(made.asm["ptx"]),
     )
 
@@ -106,8 +108,9 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
     )
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
-    of_call, portable = (q, *learned, start, spec, (0,) * len(windows)), dataclasses.replace(tuning, groups=None)
-    call = triton_joint.Call(*of_call, tuning, levels)
+    of_call = (q, *learned, start, spec, (0,) * len(windows))
+    portable = dataclasses.replace(tuning, groups=None, key_groups=None)
+    call, in_portable = (triton_joint.Call(*of_call, tiles, levels) for tiles in (tuning, portable))
     keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
     made = call.made_by_key_gradients(level_keys, level_values)
     pyramids = {}
@@ -136,10 +139,11 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "convolution": mixed.mixing(of_rows),
             "convolution gradients": mixed.gradients(of_rows, of_rows, past, parts),
             "preparation": call.preparation(keys),
-            "attention": triton_joint.Call(*of_call, portable, levels).attention(keys, q, lse, None, None),
+            "attention": in_portable.attention(keys, q, lse, None, None),
             "attention, as the table has it": call.attention(keys, q, lse, None, None),
             "query gradients": call.query_gradients(keys, q, lse, None, q, found),
-            "key gradients": call.key_gradients(keys, q, found, made),
+            "key gradients": in_portable.key_gradients(keys, q, found, made),
+            "key gradients, as the table has it": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
@@ -190,7 +194,7 @@ def refined_launches_at_the_ends(width: int, dtype: torch.dtype, tuning: Tuning)
 
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     """Launches of calls whose scales have a softmax each."""
-    q, portable = of_call[0], dataclasses.replace(tuning, groups=None)
+    q, portable = of_call[0], dataclasses.replace(tuning, groups=None, key_groups=None)
     kinds = (triton_scales.Call, triton_joint.WeighedCall)
     single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
     single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
@@ -205,10 +209,14 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
         "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
         "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
         "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
+        "key gradients, scale by scale, as the table has it": single_by_groups.key_gradients(
+            keys, outs, of_scales, made
+        ),
         "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
         "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
         "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
         "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
+        "key gradients, weighed, as the table has it": weighed_by_groups.key_gradients(keys, q, of_weighed, made),
     }
 
 
@@ -246,7 +254,7 @@ def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[
 
 
 def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """The forward by warp groups at the ends of what it serves, on the meta device."""
+    """The kernels by warp groups at the ends of what they serve, on the meta device."""
     found, tuning = {}, tuning_for(dtype.itemsize, (9, 0))
     joint, weighed, each = triton_joint.Call, triton_joint.WeighedCall, triton_scales.Call
     for name, kind, rows, n, g, ratio, windows, past, with_weights in (
@@ -270,12 +278,15 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         call = kind(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
         keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
         given = (keys, q, empty(n, rows), of_scales if with_weights else None)
+        outs = empty(rows, n, len(windows), width, kind=dtype) if kind is each else q
         if kind is each:
-            given = (keys, empty(rows, n, len(windows), width, kind=dtype), of_scales, given[-1])
+            given = (keys, outs, of_scales, given[-1])
         else:
             given += (empty(n, len(windows), rows) if kind is weighed else None,)
         found[name] = call.attention(*given)
-        assert found[name].kernel.is_gluon(), name
+        for_keys = (call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True)))
+        found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, *for_keys)
+    assert all(launch.kernel.is_gluon() for launch in found.values())
     return found
 
 
@@ -337,6 +348,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK"))
     return int(registers[1]), int(stack[1])
+
+
+def _counters(ttgir: str) -> tuple[int, ...]:
+    """Compiled.counters. A loop over a program's work goes on by the number of programs."""
+    step = "|".join(set(re.findall(r"(%\w+) = tt\.get_num_programs", ttgir)))
+    loops = re.findall(rf"scf\.for .* step (?:{step}) (?:iter_args\(.*\) -> \((.*)\) )? ?: i32", ttgir) if step else []
+    return tuple(carried.split(", ").count("i32") for carried in loops)
 
 
 def chosen(launches: dict[str, Launch], which: str) -> dict[str, Launch]:

@@ -36,6 +36,7 @@ from maha_megatron.attention.scale_attention.gluon_loading import (
     let_go,
     load,
     rows_and_head,
+    skip,
     wait_for,
     work_count,
 )
@@ -127,14 +128,6 @@ def tiles_of_group(start, ends, own, own_ends, scale, SHAPE: gl.constexpr):
     near = (end - own_end) // KEYS
     far = gl.where(own_begin < own_end, gl.cdiv(end - own_begin, KEYS), near)
     return end, gl.cdiv(end - begin, KEYS), near, far
-
-
-@gluon.jit
-def skip(first, last, ring):
-    """Lets go of tiles that no row of the warp group sees; not before they are there, or phases would be mixed up."""
-    for tile in range(first, last):
-        wait_for(ring[2], tile)
-        let_go(ring[2], tile)
 
 
 @gluon.jit
@@ -263,12 +256,12 @@ def attend_work(
         raised = turn_queries(raw, query, queries, head, row - document, norm, places, scale, SHAPE)
         if scale == SCALES - 1:  # the next work's queries may come
             mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
-        skip(tile, tile + near, ring)
+        skip(0, tile, tile + near, ring[2])
         of_rows = (query, none if SHAPE.apart else raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
         softmax = begun(2 * SHAPE.half, LINES) if SHAPE.apart else total
         of_tiles = (tile + near, tile + far, tile, end)
         softmax, part = attend_scale(of_rows, of_tiles, softmax, none, ring, PART and not SHAPE.apart)
-        skip(tile + far, tile + count, ring)
+        skip(0, tile + far, tile + count, ring[2])
         tile += count
         if SIZES.each:
             write_scale(softmax, raised, outputs, queries.n, head, own, row, places, scale, SHAPE)

@@ -1,5 +1,7 @@
 """The loading warp of gluon_forward.py, and what it and the consumers agree on: work, stages and barriers.
 
+gluon_key_gradient.py has a loader of its own, and shares stages and barriers.
+
 Queries, keys and values come by TMA, as descriptors say how they lie in memory; a barrier says that a stage is full,
 another that no consumer reads it any longer.
 """
@@ -51,6 +53,16 @@ def let_go(barriers, tile):
     STAGES: gl.constexpr = barriers[0].shape[0]
     gl.thread_barrier()
     mbarrier.arrive(barriers[1].index(tile % STAGES), count=1)
+
+
+@gluon.jit
+def skip(tile, first, last, barriers):
+    """Lets go of tiles that a warp group has no use for, counted from `tile` on; not before they are there, or phases
+    would be mixed up.
+    """
+    for i in range(first, last):
+        wait_for(barriers, tile + i)
+        let_go(barriers, tile + i)
 
 
 @gluon.jit

@@ -181,7 +181,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSizes:
-    """More numbers that the kernel of warp groups is compiled for.
+    """More numbers that the forward by warp groups is compiled for.
 
     Args:
         heads: query heads of a program, 1 or 2.
@@ -197,3 +197,16 @@ class GroupSizes:
     def rows(self) -> int:
         """Of a program."""
         return 128 // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyGroupSizes:
+    """More numbers that the keys' gradients by warp groups are compiled for.
+
+    Args:
+        stages: tiles of turned queries and dO in shared memory.
+        shared: whether several programs share the rows that see some tile of keys.
+    """
+
+    stages: int
+    shared: bool

@@ -4,6 +4,8 @@
     backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel,
                 by a few KV groups
 
+On Hopper cards kernels by warp groups take the place of attend_kernel and key_gradient_kernel (gluon_launch.py).
+
 Kept for backward: q, the levels, out, and one number per row and head; where utilities alone weigh the scales, one more
 for each scale. Backward's own buffers, turned queries and prepared keys, are those of a few groups. Every sum has a
 fixed order, so results are bitwise reproducible.
@@ -31,6 +33,7 @@ from maha_megatron.attention.scale_attention.triton_arguments import (
 from maha_megatron.attention.scale_attention.triton_forward import attend_kernel
 from maha_megatron.attention.scale_attention.triton_geometry import frequency_table
 from maha_megatron.attention.scale_attention.triton_key_gradient import add_parts_kernel, key_gradient_kernel
+from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
@@ -124,7 +127,7 @@ class Call:
 
     def _by_groups(self, keys, *tensors) -> Launch | None:
         """The forward by warp groups, of attend_kernel's tensors; None where it does not serve the call."""
-        by_groups = _gluon_launch() if self.tuning.groups is not None and compiled() else None
+        by_groups = _by_groups_if(self.tuning.groups)
         if by_groups is None or by_groups.unserved(self.q, self.values) is not None:
             return None
         arguments = dict(zip(attend_kernel.arg_names, (*tensors, self._shape()), strict=False))
@@ -166,9 +169,30 @@ class Call:
         tiles, parts = self.tuning.key_gradient, self._parts()
         of_keys = (self._keys(keys), of_scales(self.raw_keys), self.key_gain)
         tensors = (self._queries(), *of_keys, self._places(), self.rows_of(grad_out), found, made, parts)
+        by_groups = self._key_gradients_by_groups(keys, grad_out, *tensors)
+        if by_groups is not None:
+            return by_groups
         grid = (sum(tiles_here * part for tiles_here, part in zip(self._key_tiles(tiles), parts, strict=True)), self.g)
         sizes = {"ROWS": tiles.rows, "KEYS": tiles.keys, "EACH": self.each}
         return self._launch(key_gradient_kernel, grid, tiles, *tensors, **sizes)
+
+    def _key_gradients_by_groups(self, keys, grad_out, *tensors) -> Launch | None:
+        """By warp groups, of key_gradient_kernel's tensors; None where they do not serve the call.
+
+        They begin sums with 0, so a refined layer's, which begin with what opened blocks found, are not served; and
+        parts, sums and gains are counted by tiles of the table, which have to be a warp group's.
+        """
+        by_groups, tiles = _by_groups_if(self.tuning.key_groups), self.tuning.key_gradient
+        if by_groups is None or self.spec.refine is not None or tiles.keys != GROUP_KEYS.value:
+            return None
+        rows = grad_out.flatten(1, -2)
+        if by_groups.unserved(rows, self.values) is not None:
+            return None
+        arguments = dict(zip(key_gradient_kernel.arg_names, (*tensors, self._shape()), strict=False))
+        arguments["EACH"] = self.each
+        pairs = [-(-count // 2) * part for count, part in zip(self._key_tiles(tiles), self._parts(), strict=True)]
+        works = self.g * sum(pairs)
+        return by_groups.launch_key_gradients(arguments, keys, rows, self.values, works, self.tuning.key_groups)
 
     def added_parts(self, made: KeyGradients) -> Launch:
         tiles = self.tuning.key_gradient
@@ -290,17 +314,22 @@ class WeighedCall(Call):
     apart = True
 
 
+def _by_groups_if(tiles: object | None) -> ModuleType | None:
+    """gluon_launch.py, where the table has these tiles of warp groups, kernels are compiled, and Gluon is there."""
+    return _gluon_launch() if tiles is not None and compiled() else None
+
+
 @functools.cache
 def _gluon_launch() -> ModuleType | None:
-    """gluon_launch.py; None, which is said once, where there is not the Gluon that its kernel was written for."""
+    """gluon_launch.py; None, which is said once, where there is not the Gluon that its kernels were written for."""
     try:
         if ".".join(triton.__version__.split(".")[:2]) not in _GLUON_VERSIONS:
             raise ImportError(f"it ran with {' and '.join(_GLUON_VERSIONS)} only")
         from maha_megatron.attention.scale_attention import gluon_launch
     except (ImportError, AttributeError) as error:
         _log.warning(
-            "joint attention: triton %s cannot have the forward by warp groups (%s); the portable kernel, which is "
-            "slower, takes its place",
+            "joint attention: triton %s cannot have the kernels by warp groups (%s); the portable ones, which are "
+            "slower, take their place",
             triton.__version__,
             error,
         )

@@ -59,14 +59,26 @@ def locate_part(number, rows, parts, TILE: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def seeing_rows(slot, end, places, scale, SHAPE: tl.constexpr):
-    """A range of rows that holds all that see slots `slot` ... end-1."""
+def first_program(scale, tile, rows, parts, TILE: tl.constexpr, SHAPE: tl.constexpr):
+    """What `locate_part` undoes: the number of the first program of a tile, and the tile's over all scales."""
+    PASTS: tl.constexpr = SHAPE.past_slots
+    first, line = tile * pick(parts, scale), tile
+    for i in tl.static_range(len(PASTS)):
+        before = tl.where(i > scale, tl.cdiv(PASTS[i] + slot_count(rows, SHAPE.ratio, i), TILE), 0)
+        first += before * parts[i]
+        line += before
+    return first, line
+
+
+@triton.jit
+def seeing_rows(slot, end, sample, places, scale, SHAPE: tl.constexpr):
+    """A range of rows that holds all that see slots `slot` ... end-1; `sample`: 0, 1, ..., as many as are looked at."""
     stride, window, rows = stride_of(SHAPE.ratio, scale), window_of(scale, SHAPE), places.rows
     begin = tl.minimum(tl.maximum(slot, 0) * stride, rows)
     # in 64 bits, as a window may be longer than the sequence
     stop = tl.minimum((end.to(tl.int64) + window) * stride - 1, rows).to(tl.int32)
-    step = tl.cdiv(tl.maximum(stop - begin, 1), SAMPLE)
-    row = begin + tl.arange(0, SAMPLE) * step
+    step = tl.cdiv(tl.maximum(stop - begin, 1), sample.shape[0])
+    row = begin + sample * step
     document = tl.load(places.document_start + tl.minimum(row, rows - 1)).to(tl.int32)
     first, _ = visible(row, document, window, SHAPE.ratio, scale)
     count = tl.sum(((row < stop) & (first < end)).to(tl.int32))
@@ -180,7 +192,8 @@ def key_gradient_kernel(
     entries = past + slot_count(places.rows, SHAPE.ratio, scale)
     entry = tile * KEYS + tl.arange(0, KEYS)
     inside, slot = (entry < entries)[:, None], entry - past
-    seen_by = seeing_rows(tile * KEYS - past, tl.minimum(tile * KEYS + KEYS, entries) - past, places, scale, SHAPE)
+    sample, end = tl.arange(0, SAMPLE), tl.minimum(tile * KEYS + KEYS, entries)
+    seen_by = seeing_rows(tile * KEYS - past, end - past, sample, places, scale, SHAPE)
     shared_by = pick(parts, scale)
     begin, stop = part_of_rows(seen_by, part, shared_by, ROWS)
     key_tile, value_tile = load_key_tile(keys, entry, group, places, scale, inside, SHAPE)
@@ -221,13 +234,10 @@ def add_parts_kernel(raw_keys, key_gain, places, made, parts, SHAPE: tl.constexp
     scale, tile = locate_tile(tl.program_id(0), places.rows, KEYS, SHAPE)
     shared_by = pick(parts, scale)
     if shared_by > 1:
-        group, past, first = tl.program_id(1), past_of(scale, SHAPE), 0
+        group, past = tl.program_id(1), past_of(scale, SHAPE)
         entry = tile * KEYS + tl.arange(0, KEYS)
         inside = (entry < past + slot_count(places.rows, SHAPE.ratio, scale))[:, None]
-        PASTS: tl.constexpr = SHAPE.past_slots
-        for i in tl.static_range(len(PASTS) - 1, -1, -1):  # programs of coarser scales, and of this one's earlier tiles
-            tiles = tl.cdiv(PASTS[i] + slot_count(places.rows, SHAPE.ratio, i), KEYS)
-            first += tl.where(i > scale, tiles, tl.where(i == scale, tile, 0)) * parts[i]
+        first, line = first_program(scale, tile, places.rows, parts, KEYS, SHAPE)
         grad_value = tl.zeros([KEYS, 2 * SHAPE.half], tl.float32)
         grad_key = tl.zeros([KEYS, 2 * SHAPE.half], tl.float32)
         for program in tl.range(first, first + shared_by):
@@ -235,4 +245,4 @@ def add_parts_kernel(raw_keys, key_gain, places, made, parts, SHAPE: tl.constexp
             grad_key += tl.load(sums_at)
             grad_value += tl.load(sums_at + KEYS * 2 * SHAPE.half)
         where = (places, entry, group, scale, inside)
-        store_key_gradients(grad_key, grad_value, tl.program_id(0), raw_keys, key_gain, made, *where, SHAPE)
+        store_key_gradients(grad_key, grad_value, line, raw_keys, key_gain, made, *where, SHAPE)

@@ -1,7 +1,8 @@
 """Every scale's attention by kernels: which buffers they read and write, and in which order (triton_scales_ops.py).
 
     forward     prepare_keys -> attend_scales_kernel, or by warp groups (gluon_forward.py)
-    backward    prepare_keys -> scales_query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel)
+    backward    prepare_keys -> scales_query_gradient_kernel -> key_gradient_kernel, or by warp groups
+                (gluon_key_gradient.py) (-> add_parts_kernel)
 
 Kept for backward: q, the levels, O [t, n, L, d] and LSE [t, n, L]. Every sum has a fixed order, so results are bitwise
 reproducible.

@@ -30,7 +30,7 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTiles:
-    """Tiles of the kernel of warp groups (gluon_forward.py), which has two of 64 rows in a program.
+    """Tiles of the forward by warp groups (gluon_forward.py), which has two of 64 rows in a program.
 
     Args:
         heads: 2, then a program has 64 rows of two heads, where 2 divides n/g; otherwise 128 rows of one.
@@ -45,6 +45,17 @@ class GroupTiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyGroupTiles:
+    """Tiles of the keys' gradients by warp groups (gluon_key_gradient.py): two of 64 keys share tiles of 64 rows.
+
+    Args:
+        stages: tiles of turned queries and dO in shared memory.
+    """
+
+    stages: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
@@ -53,7 +64,10 @@ class Tuning:
         opened, opened_gradient: of opened keys; `rows` that opened one block.
         run: choices of a KV group, of which a row makes as many as it opens blocks, that one program of those takes.
         groups: of the forward by warp groups, on Hopper cards; None: the portable kernels, with `forward`.
-        span: the most rows that one program of the keys' gradient goes over, about; more share a tile beyond.
+        key_groups: of the keys' gradients by warp groups, there, where `key_gradient.keys` is 64; None: the portable
+            kernel, with `key_gradient`.
+        span: the most rows that one program of the keys' gradients, of either kernel, goes over, about; more programs
+            share a tile of keys beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
     """
 
@@ -68,6 +82,7 @@ class Tuning:
     span: int = 4096
     programs: int = 2048
     groups: GroupTiles | None = None
+    key_groups: KeyGroupTiles | None = None
 
 
 _KERNELS = ("keys", "forward", "query_gradient", "key_gradient", "choice", "opened", "opened_gradient")
@@ -80,11 +95,12 @@ def numbers_of(tuning: Tuning) -> list[int]:
         tiles = getattr(tuning, name)
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
     of_groups = [0, 0] if tuning.groups is None else [tuning.groups.heads, tuning.groups.stages]
-    return [*numbers, tuning.run, tuning.span, tuning.programs, *of_groups]
+    of_keys = 0 if tuning.key_groups is None else tuning.key_groups.stages
+    return [*numbers, tuning.run, tuning.span, tuning.programs, *of_groups, of_keys]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
-    *of_tiles, run, span, programs, heads_of_groups, stages_of_groups = numbers
+    *of_tiles, run, span, programs, heads_of_groups, stages_of_groups, stages_of_keys = numbers
     kernels = []
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
@@ -104,6 +120,7 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
         span=span,
         programs=programs,
         groups=GroupTiles(heads=heads_of_groups, stages=stages_of_groups) if heads_of_groups else None,
+        key_groups=KeyGroupTiles(stages=stages_of_keys) if stages_of_keys else None,
     )
 
 
@@ -112,7 +129,9 @@ _HOPPER = Tuning(
     forward=Tiles(stages=3),
     query_gradient=Tiles(keys=32, stages=3),
     key_gradient=Tiles(rows=32, stages=3),
+    span=2048,
     groups=GroupTiles(),
+    key_groups=KeyGroupTiles(),
 )
 # within the 99 KB of shared memory that a program has on the smallest cards of that age
 _ANY = Tuning(

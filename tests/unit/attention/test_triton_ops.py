@@ -12,7 +12,14 @@ from maha_megatron.attention.convolution import triton as convolution
 from maha_megatron.attention.decode import triton as decode
 from maha_megatron.attention.pyramid import triton as pyramid
 from maha_megatron.attention.scale_attention import triton, triton_ops, triton_scales_ops
-from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, Tiles, Tuning, numbers_of, tuning_of
+from maha_megatron.attention.scale_attention.triton_tuning import (
+    GroupTiles,
+    KeyGroupTiles,
+    Tiles,
+    Tuning,
+    numbers_of,
+    tuning_of,
+)
 from maha_megatron.attention.spec import AttentionParameters, MahaSpec
 from maha_megatron.attention.state import MahaState
 from tests.support.attention import Case, documents_of, leaves, parameter_specs
@@ -163,4 +170,6 @@ def test_a_tuning_is_the_same_after_a_list_of_numbers():
     tuning = Tuning(forward=Tiles(rows=16, heads=2, registers=168), key_gradient=Tiles(stages=3))
     assert tuning_of(numbers_of(tuning)) == tuning
     tuning = dataclasses.replace(tuning, groups=GroupTiles(heads=1, stages=3))
+    assert tuning_of(numbers_of(tuning)) == tuning
+    tuning = dataclasses.replace(tuning, key_groups=KeyGroupTiles(stages=2))
     assert tuning_of(numbers_of(tuning)) == tuning

@@ -1,4 +1,4 @@
-"""The forward by warp groups without a card: which calls it serves, what takes the others, and how it is launched."""
+"""Kernels of warp groups without a card: which calls they serve, what takes the others, and how they are launched."""
 
 import dataclasses
 import logging
@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from maha_megatron.attention import scale_attention
-from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes
-from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, tuning_for
-from maha_megatron.attention.spec import MahaSpec
+from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes, KeyGroupSizes
+from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, Tiles, tuning_for
+from maha_megatron.attention.spec import MahaSpec, Refinement
 from maha_megatron.scales import slot_count, stride
 
 triton_joint = pytest.importorskip("maha_megatron.attention.scale_attention.triton_joint")
+triton_opened = pytest.importorskip("maha_megatron.attention.scale_attention.triton_opened")
 triton_scales = pytest.importorskip("maha_megatron.attention.scale_attention.triton_scales")
 gluon_launch = pytest.importorskip("maha_megatron.attention.scale_attention.gluon_launch")
-attend_kernel = triton_joint.attend_kernel
+attend_kernel, key_gradient_kernel = triton_joint.attend_kernel, triton_joint.key_gradient_kernel
 KINDS = {
     "one softmax": (triton_joint.Call, attend_kernel),
     "weighed": (triton_joint.WeighedCall, attend_kernel),
@@ -59,6 +60,15 @@ def launch_of(call, *, with_weights: bool = False):
         return call.attention(keys, outs, of_scales, of_scales)
     own_lse = of_scales.permute(1, 2, 0).contiguous() if call.apart else None
     return call.attention(keys, out, lse, of_scales if with_weights else None, own_lse)
+
+
+def key_launch_of(call, grad_out=None):
+    keys = empty(call.g, sum(call.entries), call.d, dtype=call.q.dtype)
+    if grad_out is None:
+        of_scales = [call.spec.scales] * call.each
+        grad_out = empty(call.rows, call.n, *of_scales, call.d, dtype=call.q.dtype)
+    made = call.made_by_key_gradients(call.raw_keys, call.values)
+    return call.key_gradients(keys, grad_out, call.made_by_query_gradients(), made)
 
 
 @pytest.fixture
@@ -105,10 +115,11 @@ def test_rows_that_begin_between_multiples_of_16_bytes_are_not_served():
 def test_the_table_has_warp_groups_for_hopper_in_16_bits_only():
     cards = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
     assert [card for card in cards if tuning_for(2, card).groups is not None] == [(9, 0)]
-    assert tuning_for(4, (9, 0)).groups is None
+    assert (tuning_for(4, (9, 0)).groups, tuning_for(4, (9, 0)).key_groups) == (None, None)
     for card in cards:
-        by_groups = launch_of(call_of(*projected(100, 4, 2, 2), tuning=tuning_for(2, card))).kernel is not attend_kernel
-        assert by_groups == (card == (9, 0))
+        call = call_of(*projected(100, 4, 2, 2), tuning=tuning_for(2, card))
+        assert (launch_of(call).kernel is not attend_kernel) == (card == (9, 0))
+        assert (key_launch_of(call).kernel is not key_gradient_kernel) == (card == (9, 0))
 
 
 @pytest.mark.usefixtures("as_compiled")
@@ -127,9 +138,49 @@ def test_what_the_kernel_does_not_serve_goes_to_the_portable_one(kind, portable)
         assert launch_of(call_of(*given, kind=kind)).kernel is portable
 
 
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=KINDS)
+def test_keys_gradients_that_the_kernel_does_not_serve_go_to_the_portable_one(kind):
+    """Queries may lie as they will: it reads turned ones."""
+    q, k, v = projected(100, 4, 2, 2)
+    by_heads = q.transpose(0, 1).contiguous().transpose(0, 1)
+    by_groups = gluon_launch.key_gradient_by_groups_kernel
+    assert key_launch_of(call_of(q, k, v, kind=kind)).kernel is by_groups
+    assert key_launch_of(call_of(by_heads, k, v, kind=kind)).kernel is by_groups
+    if kind is not triton_scales.Call:
+        assert key_launch_of(call_of(q, k, v, kind=kind), by_heads).kernel is key_gradient_kernel
+    other_tiles = dataclasses.replace(TUNING, key_gradient=Tiles(keys=32))
+    for call in (
+        call_of(q, k, empty(1, 2, 64).expand(100, -1, -1), kind=kind),
+        call_of(*projected(100, 4, 2, 2, width=32), kind=kind),
+        call_of(q, k, v, kind=kind, tuning=other_tiles),
+    ):
+        assert key_launch_of(call).kernel is key_gradient_kernel
+
+
+@pytest.mark.usefixtures("as_compiled")
+def test_keys_gradients_of_refined_layers_go_to_the_portable_kernel_with_what_opened_blocks_found():
+    """And its forward over the scales to warp groups."""
+    q, k, v = projected(100, 4, 2, 2)
+    plain = call_of(q, k, v)
+    spec = dataclasses.replace(plain.spec, refine=Refinement(from_scale=2, to_scale=0, blocks=2))
+    learned = (plain.query_gain, plain.key_gain, empty(spec.branches, 4, 64), empty(spec.branches, 4))
+    levels = list(zip(plain.raw_keys, plain.values, strict=True))
+    call = triton_opened.Call(q, *learned, plain.document_start, spec, plain.past_slots, TUNING, levels)
+    assert launch_of(call, with_weights=True).kernel is gluon_launch.attend_by_groups_kernel
+    of_queries, of_keys = call.empty_gradients(empty(2, 100, 2, dtype=torch.int32))
+    found = call.made_by_query_gradients()._replace(opened=of_queries)
+    made = call.made_by_key_gradients(call.raw_keys, call.values)._replace(opened=of_keys)
+    launch = call.key_gradients(empty(2, sum(call.entries), 64), q, found, made)
+    assert launch.kernel is key_gradient_kernel
+    assert launch.arguments["made"].opened is of_keys
+    assert launch.arguments["SHAPE"].blocks == 2
+
+
 def test_interpreted_kernels_are_the_portable_ones(monkeypatch):
     monkeypatch.setattr(triton_joint, "compiled", lambda: False)
-    assert launch_of(call_of(*projected(100, 4, 2, 2))).kernel is attend_kernel
+    call = call_of(*projected(100, 4, 2, 2))
+    assert (launch_of(call).kernel, key_launch_of(call).kernel) == (attend_kernel, key_gradient_kernel)
 
 
 @pytest.mark.usefixtures("as_compiled")
@@ -152,7 +203,7 @@ def test_without_the_gluon_that_it_needs_the_portable_kernel_serves_and_that_is_
     call = call_of(*projected(100, 4, 2, 2))
     assert [launch_of(call).kernel for _ in range(2)] == [attend_kernel] * 2
     (said,) = [record.getMessage() for record in caplog.records]
-    assert re.search(rf"triton {re.escape(version)} cannot have the forward by warp groups \({reason}", said)
+    assert re.search(rf"triton {re.escape(version)} cannot have the kernels by warp groups \({reason}", said)
 
 
 @pytest.mark.usefixtures("as_compiled")
@@ -208,6 +259,30 @@ def test_the_kernel_is_given_every_argument_and_a_descriptor_of_every_scale(scal
     assert (queries.shape, queries.strides, queries.block_shape) == ([40, 4 * 64], [8 * 64, 1], [64, 32])
     total = sum(16 + slot_count(40, 3**scale) for scale in range(scales))
     assert (keys.shape, keys.strides, keys.block_shape) == ([2 * total, 64], [64, 1], [64, 32])
+
+
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=KINDS)
+@pytest.mark.parametrize(("rows", "parts"), [(300, (1, 1, 1)), (9000, (1, 2, 5))])
+def test_keys_gradients_are_given_every_argument_and_as_many_programs_as_there_is_work(kind, rows, parts):
+    """Tiles of 128 keys of every scale, by the parts of rows that see them, by KV groups; no more than a card has."""
+    windows = (64, 512, 512)
+    call = call_of(*projected(rows, 4, 2, 2), windows=windows, kind=kind)
+    launch = key_launch_of(call)
+    assert launch.arguments.keys() == set(launch.kernel.arg_names)
+    assert launch.arguments["parts"] == parts
+    assert launch.arguments["SIZES"] == KeyGroupSizes(stages=4, shared=max(parts) > 1)
+    assert launch.arguments["EACH"] == (kind is triton_scales.Call)
+    assert launch.arguments["SHAPE"].apart == (kind is not triton_joint.Call)
+    assert launch.arguments["found"].delta.shape == ((4, rows) if kind is triton_joint.Call else (4, 3, rows))
+    tiles = [-(-slot_count(rows, 4**scale) // 128) for scale in range(3)]
+    works = 2 * sum(count * part for count, part in zip(tiles, parts, strict=True))
+    assert (launch.arguments["works"], launch.grid) == (works, (min(works, 132),))
+    turned, grads = launch.arguments["turned_rows"], launch.arguments["grad_rows"]
+    assert (turned.shape, turned.strides, turned.block_shape) == ([4 * 3 * rows, 64], [64, 1], [64, 64])
+    length = 4 * 64 * (3 if kind is triton_scales.Call else 1)
+    assert (grads.shape, grads.strides, grads.block_shape) == ([rows, length], [length, 1], [64, 64])
+    assert [launch.arguments[f"value_{scale}"] is None for scale in range(8)] == [False] * 3 + [True] * 5
 
 
 @pytest.mark.usefixtures("as_compiled")
