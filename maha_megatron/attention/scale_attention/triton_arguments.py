@@ -152,6 +152,7 @@ class Shape:
         fast: angles with 32 bits, and sine and cosine by the device's own functions.
         utilities: whether there are rho and beta.
         apart: whether every scale has a softmax of its own, rather than one over the keys of all.
+        one_turn: whether queries turn alike for every scale, since there is one or all count tokens.
         precision: of products of fp32, as Triton's input_precision.
         blocks: that a row opens; 0 where the layer opens none.
         from_scale, to_scale: where they lie, and what is read of them.
@@ -165,6 +166,7 @@ class Shape:
     fast: bool
     utilities: bool
     apart: bool
+    one_turn: bool
     precision: str
     blocks: int = 0
     from_scale: int = 0

@@ -85,6 +85,7 @@ class Call:
             fast=self.q.dtype.itemsize == 2 and compiled(),
             utilities=self.rho is not None,
             apart=self.apart,
+            one_turn=self.spec.scales == 1 or self.spec.rotary_ratio == 1,
             precision="tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
             **({} if self.spec.refine is None else vars(self.spec.refine)),
         )

@@ -350,7 +350,7 @@ def test_backward_keeps_inputs_output_one_number_per_row_and_head_and_what_was_c
 def test_scales_apart_have_no_opened_keys():
     numbers = {"ratio": 2, "windows": (4, 3), "past_slots": (0, 0), "half": 16, "epsilon": 1e-6, "precision": "tf32"}
     with pytest.raises(AssertionError, match="one softmax"):
-        Shape(**numbers, fast=False, utilities=True, apart=True, blocks=1, from_scale=1)
+        Shape(**numbers, fast=False, utilities=True, apart=True, one_turn=False, blocks=1, from_scale=1)
 
 
 @pytest.mark.parametrize(
