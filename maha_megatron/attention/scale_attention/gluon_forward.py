@@ -8,12 +8,15 @@ consumer passes over tiles that none of its rows sees. Rows are 128 of one head,
     loader       q q | scale 0: kv kv kv kv | scale 1: kv kv kv | ...            waits until a stage is empty
     consumers    turn q for scale 0, attend to its tiles; turn q for scale 1 ... wait until it is full
 
+Where queries turn alike for every scale, they are turned once, before scale 0, and utilities of all scales are found
+with them, so that raw queries are read no more.
+
 Tiles are counted back from the last slot that a row of the program sees, so that no slot behind it is read: its values
 might be no numbers, which a weight of 0 would not undo. Of up to 63 slots in front of the first that some row sees,
 which the portable kernel does not read, values are read and get that weight: they have to be numbers.
 
 Channels of queries and keys are read in halves. A program does one work after another, and the loader fetches of the
-next one what there is room for.
+next one what there is room for: its queries as soon as this one's are turned for the last time.
 
 Turned queries are operands in shared memory. In registers ptxas (12.8 to 13.0) may give them and weights the same ones,
 and a scale's second tile then meets weights in place of queries; it did with 64 channels.
@@ -59,6 +62,7 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
 from maha_megatron.attention.triton_slots import visible, window_of
 
 LN_2 = gl.constexpr(0.6931471805599453)
+OF_SCALES = gl.constexpr(8)  # the most that there may be
 
 
 @gluon.constexpr_function
@@ -94,29 +98,89 @@ def of_head(pointer, head, channel, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def turn_queries(raw, turned, queries, head, place, norm, places, scale, SHAPE: gl.constexpr):
-    """Writes queries times their gain, rotated for a scale, in halves; <rho_l, q> + beta_l in units of log 2."""
+def gained_queries(raw, queries, head, SHAPE: gl.constexpr):
+    """Raw queries times their gain, in halves."""
+    HALF: gl.constexpr = SHAPE.half
+    LAYOUT: gl.constexpr = operand_of(KEYS)
+    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
+    first = raw[0].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel, 2 * HALF)
+    return first, raw[1].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel + HALF, 2 * HALF)
+
+
+@gluon.jit
+def utility(gained, queries, head, norm, scale, SHAPE: gl.constexpr):
+    """<rho_l, q> + beta_l in units of log 2; of queries times their gain, in halves."""
+    HALF: gl.constexpr = SHAPE.half
+    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, operand_of(KEYS)))
+    rho = queries.rho + scale * queries.n * 2 * HALF
+    learned = gl.sum(gained[0] * of_head(rho, head, channel, 2 * HALF), 1)
+    learned += gl.sum(gained[1] * of_head(rho, head, channel + HALF, 2 * HALF), 1)
+    learned = gl.convert_layout(learned, norm.type.layout) * norm
+    return (learned + gl.load(queries.beta + scale * queries.n + head).to(gl.float32)) * LOG2_E
+
+
+@gluon.jit
+def write_turned(gained, turned, place, places, scale, SHAPE: gl.constexpr):
+    """Writes queries times their gain, rotated for a scale, in halves."""
     HALF: gl.constexpr = SHAPE.half
     LAYOUT: gl.constexpr = operand_of(KEYS)
     operand: gl.constexpr = turned[0].dtype
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
-    first = raw[0].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel, 2 * HALF)
-    second = raw[1].load(LAYOUT).to(gl.float32) * of_head(queries.gain, head, channel + HALF, 2 * HALF)
-    raised = gl.zeros_like(norm)
-    if SHAPE.utilities:
-        rho = queries.rho + scale * queries.n * 2 * HALF
-        learned = gl.sum(first * of_head(rho, head, channel, 2 * HALF), 1)
-        learned += gl.sum(second * of_head(rho, head, channel + HALF, 2 * HALF), 1)
-        learned = gl.convert_layout(learned, norm.type.layout) * norm
-        raised = (learned + gl.load(queries.beta + scale * queries.n + head).to(gl.float32)) * LOG2_E
     place = gl.convert_layout(place, gl.SliceLayout(1, LAYOUT))
     turn = turns(place, places.frequency, scale, channel, HALF, SHAPE.fast)
     cosine, sine = cosine_sine(turn, SHAPE.fast)
-    first, second = rotated(first, second, cosine, sine)
+    first, second = rotated(gained[0], gained[1], cosine, sine)
     turned[0].store(first.to(operand))
     turned[1].store(second.to(operand))
     fence_async_shared()
     gl.thread_barrier()
+
+
+@gluon.jit
+def is_scale(scale):
+    """Which column of [rows, scales] is a scale's: [1, scales]."""
+    return gl.arange(0, OF_SCALES, layout=gl.SliceLayout(0, accumulator(OF_SCALES)))[None, :] == scale
+
+
+@gluon.jit
+def turn_for_all(raw, turned, of_lines, places, SHAPE: gl.constexpr):
+    """Turned queries, which are the same for every scale, into shared memory; utilities [rows, scales], 0 without any.
+
+    Those cost a thread four registers and no barrier, whichever scale is read of them. `raw`: the halves, and the
+    barrier at which to arrive when they are read for the last time, so that the next work's may come.
+    """
+    queries, head, row, document, norm = of_lines
+    gained = gained_queries(raw, queries, head, SHAPE)
+    utilities = gl.zeros([GROUP_ROWS, OF_SCALES], gl.float32, accumulator(OF_SCALES))
+    if SHAPE.utilities:
+        for scale in range(len(SHAPE.windows)):
+            raised = utility(gained, queries, head, norm, scale, SHAPE)
+            raised = gl.convert_layout(raised, gl.SliceLayout(1, utilities.type.layout))[:, None]
+            utilities = gl.where(is_scale(scale), raised, utilities)
+    write_turned(gained, turned, row - document, places, 0, SHAPE)
+    mbarrier.arrive(raw[2], count=1)
+    return utilities
+
+
+@gluon.jit
+def turn_for_scale(raw, turned, utilities, of_lines, places, scale, SHAPE: gl.constexpr):
+    """A scale's turned queries into shared memory, unless `turn_for_all` did that for all; the scale's utilities.
+
+    `raw`: as there.
+    """
+    queries, head, row, document, norm = of_lines
+    raised = gl.zeros_like(norm)
+    if SHAPE.one_turn:
+        if SHAPE.utilities:
+            raised = gl.sum(gl.where(is_scale(scale), utilities, 0.0), 1)
+            raised = gl.convert_layout(raised, norm.type.layout)
+    else:
+        gained = gained_queries(raw, queries, head, SHAPE)
+        if SHAPE.utilities:
+            raised = utility(gained, queries, head, norm, scale, SHAPE)
+        write_turned(gained, turned, row - document, places, scale, SHAPE)
+        if scale == len(SHAPE.windows) - 1:
+            mbarrier.arrive(raw[2], count=1)
     return raised
 
 
@@ -238,7 +302,7 @@ def attend_work(
     queries, _keys, places = given
     buffers, barriers = shared
     ring = (buffers[1], buffers[2], barriers[1])
-    raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1))
+    raw = (buffers[0].index(2 * GROUP), buffers[0].index(2 * GROUP + 1), barriers[0][1].index(GROUP))
     query = (buffers[3].index(2 * GROUP), buffers[3].index(2 * GROUP + 1))
     start, own, head = rows_and_head(work, places, SIZES, GROUP)
     start, ends = ends_of(start, places, SIZES.rows)
@@ -249,13 +313,13 @@ def attend_work(
     norm = query_norms(raw, SHAPE, operand_of(KEYS), LINES)
     unit, none = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5), gl.zeros_like(norm)
     total = begun(2 * SHAPE.half, LINES)
+    of_lines = (queries, head, row, document, norm)
+    utilities = turn_for_all(raw, query, of_lines, places, SHAPE) if SHAPE.one_turn else none
     for scale in range(SCALES):
         end, count, near, far = tiles_of_group(start, ends, first, own_ends, scale, SHAPE)
         see_from, see_to = visible(row, document, window_of(scale, SHAPE), SHAPE.ratio, scale)
         seen_from, seen_to = seen_by_whole_tile(first, own_ends, scale, SHAPE)
-        raised = turn_queries(raw, query, queries, head, row - document, norm, places, scale, SHAPE)
-        if scale == SCALES - 1:  # the next work's queries may come
-            mbarrier.arrive(barriers[0][1].index(GROUP), count=1)
+        raised = turn_for_scale(raw, query, utilities, of_lines, places, scale, SHAPE)
         skip(0, tile, tile + near, ring[2])
         of_rows = (query, none if SHAPE.apart else raised, unit, (see_from, see_to, 0, 0, seen_from, seen_to))
         softmax = begun(2 * SHAPE.half, LINES) if SHAPE.apart else total

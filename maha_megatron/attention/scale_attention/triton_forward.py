@@ -10,6 +10,8 @@ tile of keys and values once). It goes over the scales and, in each, over the ti
     scale 2    [k k]           ...                                             one accumulator [rows, d]
     scale 3    [k]
 
+Where queries turn alike for every scale, they are rotated once, before scale 0.
+
 Where scales are apart, each has a maximum, a sum and an accumulator of its own, and joins those of all when it ends:
 what weighs it is known by then, as positions alone say what is feasible.
 
@@ -126,8 +128,8 @@ def query_norms(queries, start, row, head, inside, SHAPE: tl.constexpr):
 def gained_queries(queries, start, row, head, there, HALF: tl.constexpr, HEADS: tl.constexpr):
     """Raw queries times their gain, in two halves.
 
-    Read again at every scale, from a cache: held in registers, they would cost a program per multiprocessor. `there`
-    is to depend on the scale, or the compiler does hold them.
+    Read again at every scale that turns them or has a utility, from a cache: held in registers, they would cost a
+    program per multiprocessor. There, `there` is to depend on the scale, or the compiler does hold them.
     """
     channel = tl.arange(0, HALF)
     first, second = load_queries(queries, start, row, head, there, HALF)
@@ -212,18 +214,35 @@ def attend_scale(
 
 
 @triton.jit
+def queries_of_all(queries, places, start, row, document, head, operand: tl.constexpr, SHAPE, HEADS: tl.constexpr):
+    """Queries turned for every scale, where they turn alike; otherwise 0."""
+    query = tl.zeros([row.shape[0], 2 * SHAPE.half], operand)
+    if SHAPE.one_turn:
+        first, second = gained_queries(queries, start, row, head, row < places.rows, SHAPE.half, HEADS)
+        first, second = turned_queries(first, second, row - document, places, 0, operand, SHAPE)
+        query = joined(first, second)
+    return query
+
+
+@triton.jit
 def queries_of_scale(
-    queries, places, start, row, document, head, norm, sight, scale, operand: tl.constexpr, SHAPE, HEADS: tl.constexpr
+    query, queries, places, start, row, document, head, norm, sight, scale, operand: tl.constexpr, SHAPE, HEADS
 ):
-    """Queries turned for a scale, in the dtype of products, and every line's utility in units of log 2."""
+    """Queries turned for a scale, in the dtype of products, and every line's utility in units of log 2.
+
+    query: what `queries_of_all` has; these, where queries turn alike for every scale.
+    """
     HALF: tl.constexpr = SHAPE.half
     there = (row < places.rows) & (sight[2] <= sight[3])
-    first, second = gained_queries(queries, start, row, head, there, HALF, HEADS)
     raised = tl.zeros_like(norm)
-    if SHAPE.utilities:
-        raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
-    first, second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
-    return joined(first, second), raised
+    if SHAPE.utilities or not SHAPE.one_turn:
+        first, second = gained_queries(queries, start, row, head, there, HALF, HEADS)
+        if SHAPE.utilities:
+            raised = utility(first, second, norm, queries, head, scale, HALF, HEADS)
+        if not SHAPE.one_turn:
+            first, second = turned_queries(first, second, row - document, places, scale, operand, SHAPE)
+            query = joined(first, second)
+    return query, raised
 
 
 @triton.jit
@@ -269,9 +288,10 @@ def attend_kernel(
     unit = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5)
     none = tl.zeros_like(norm)
     top, mass, fused = begun(norm, 2 * SHAPE.half)
+    once = queries_of_all(queries, places, start, row, document, head, operand, SHAPE, HEADS)
     for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
-        lines = (queries, places, start, row, document, head, norm, sight, scale)
+        lines = (once, queries, places, start, row, document, head, norm, sight, scale)
         query, raised = queries_of_scale(*lines, operand, SHAPE, HEADS)
         of_tiles = (unit, sight, keys, group, places, scale)
         at_part = (row.to(tl.int64) * queries.n + head) * SCALES + scale

@@ -17,6 +17,7 @@ from maha_megatron.attention.scale_attention.triton_forward import (
     attend_scale,
     begun,
     log_of_sum,
+    queries_of_all,
     queries_of_scale,
     query_norms,
     sight_of_tile,
@@ -52,9 +53,10 @@ def attend_scales_kernel(
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
     norm = query_norms(queries, start, row, head, inside, SHAPE)
     unit = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5)
+    once = queries_of_all(queries, places, start, row, document, head, operand, SHAPE, HEADS)
     for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
-        lines = (queries, places, start, row, document, head, norm, sight, scale)
+        lines = (once, queries, places, start, row, document, head, norm, sight, scale)
         query, learned = queries_of_scale(*lines, operand, SHAPE, HEADS)
         if SHAPE.utilities:
             tl.store(at_scales(utilities, row, head, queries.n, scale, SCALES), learned * LN_2, mask=inside)
