@@ -148,6 +148,7 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
         | _apart(of_call, tuning, levels)
+        | _in_tokens(of_call, tuning, levels)
     )
 
 
@@ -220,6 +221,25 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     }
 
 
+def _in_tokens(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
+    """Forward launches of calls whose queries turn alike for every scale."""
+    (q, *learned, start, spec, past_slots), found = of_call, {}
+    of_tokens = (q, *learned, start, dataclasses.replace(spec, rope_unit="token"), past_slots)
+    kinds = {"": triton_joint.Call, ", weighed": triton_joint.WeighedCall, ", scale by scale": triton_scales.Call}
+    portable, (rows, n, width), scales = dataclasses.replace(tuning, groups=None), q.shape, spec.scales
+    of_scales, own_lse = empty(rows, n, scales), empty(n, scales, rows)
+    for name, kind in kinds.items():
+        for chosen_by, tiles in (("", portable), (", as the table has it", tuning)):
+            call = kind(*of_tokens, tiles, levels)
+            keys = empty(call.g, sum(call.entries), width, kind=q.dtype)
+            if kind is triton_scales.Call:
+                made = (empty(rows, n, scales, width, kind=q.dtype), of_scales, of_scales)
+            else:
+                made = (q, empty(n, rows), None, own_lse if call.apart else None)
+            found[f"attention{name}, in tokens{chosen_by}"] = call.attention(keys, *made)
+    return found
+
+
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
     """Launches of aggregation; the game's of as many scales as the others have, and of the most."""
     rows, n, own_scales = lses.shape
@@ -257,24 +277,33 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
     """The kernels by warp groups at the ends of what they serve, on the meta device."""
     found, tuning = {}, tuning_for(dtype.itemsize, (9, 0))
     joint, weighed, each = triton_joint.Call, triton_joint.WeighedCall, triton_scales.Call
+    tokens = "in tokens"
     for name, kind, rows, n, g, ratio, windows, past, with_weights in (
         ("one row and head", joint, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         ("one scale, one head at a time", joint, 4096, 6, 2, 2, (100,), False, True),
         ("ratio 3, after a past", joint, 100, 4, 2, 3, (100, 30, 20), True, True),
         ("8 scales", joint, 4096, 16, 8, 4, (64,) * 8, False, True),
+        (f"{tokens}, one row and head", joint, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        (f"{tokens}, ratio 3, after a past", joint, 100, 4, 2, 3, (100, 30, 20), True, True),
+        (f"{tokens}, 8 scales", joint, 4096, 16, 8, 4, (64,) * 8, False, True),
         ("weighed, one row and head", weighed, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         ("weighed, ratio 3, after a past", weighed, 100, 4, 2, 3, (100, 30, 20), True, True),
         ("weighed, 8 scales", weighed, 4096, 16, 8, 4, (64,) * 8, False, True),
+        (f"weighed, {tokens}, one row and head", weighed, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        (f"weighed, {tokens}, 8 scales", weighed, 4096, 16, 8, 4, (64,) * 8, False, True),
         ("scale by scale, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         ("scale by scale, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
         ("scale by scale, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
+        (f"scale by scale, {tokens}, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
+        (f"scale by scale, {tokens}, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
     ):
         pasts = windows if past else (0,) * len(windows)
         entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
         levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in entries]
         learned = (empty(n, width), empty(g, width))
         learned += (empty(len(windows), n, width), empty(len(windows), n)) if with_weights else (None, None)
-        spec, q = MahaSpec(ratio=ratio, windows=windows, convolution=False), empty(rows, n, width, kind=dtype)
+        unit, q = "token" if tokens in name else "block", empty(rows, n, width, kind=dtype)
+        spec = MahaSpec(ratio=ratio, windows=windows, convolution=False, rope_unit=unit)
         call = kind(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
         keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
         given = (keys, q, empty(n, rows), of_scales if with_weights else None)
@@ -284,6 +313,8 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         else:
             given += (empty(n, len(windows), rows) if kind is weighed else None,)
         found[name] = call.attention(*given)
+        if unit == "token":
+            continue  # keys' gradients read turned queries, however they turned
         for_keys = (call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True)))
         found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, *for_keys)
     assert all(launch.kernel.is_gluon() for launch in found.values())

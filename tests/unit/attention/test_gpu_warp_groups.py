@@ -26,6 +26,8 @@ CASES = [
     Case(lengths=(300, 77), n=4, g=2, d=64, spec=dataclasses.replace(SMALL, lse_utility=False)),
     Case(lengths=(300, 77), n=4, g=2, d=128, spec=dataclasses.replace(SMALL, aggregation="nash", coupling="gram")),
     Case(lengths=(333,), n=4, g=1, d=64, spec=MahaSpec(ratio=2, windows=(100,))),
+    Case(lengths=(150, 1, 211), n=6, g=2, d=128, spec=dataclasses.replace(SMALL, rope_unit="token")),
+    Case(lengths=(300, 77), n=4, g=2, d=64, spec=dataclasses.replace(SMALL, rope_unit="token", coupling="gram")),
 ]
 FLOOR = {torch.bfloat16: 2**-8, torch.float16: 2**-10}
 LENGTHS = {
@@ -50,19 +52,21 @@ HEADS_OF_GRADIENTS = [one for one in HEADS if one[0] in JOINT and one[1:3] != (8
 @pytest.mark.parametrize(("kind", "n", "g", "dtype"), HEADS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("width", [64, 128])
-def test_warp_groups_are_as_near_to_exact_as_the_portable_kernel(kind, width, n, g, lengths, dtype):
-    """Every row, also of tiles after a scale's first, where operands in registers were once lost."""
+@pytest.mark.parametrize("unit", ["block", "token"])
+def test_warp_groups_are_as_near_to_exact_as_the_portable_kernel(unit, kind, width, n, g, lengths, dtype):
+    """Every row, also of tiles after a scale's first, where operands in registers were once lost. Queries turn anew for
+    every scale, and once for all.
+    """
     tuning = tuning_for(2, torch.cuda.get_device_capability())
     if tuning.groups is None:
         pytest.skip("the table has no warp groups for this card")
-    inputs = _inputs(width, n, g, lengths, dtype)
-    found = []
+    spec, inputs, found = dataclasses.replace(SPEC, rope_unit=unit), _inputs(width, n, g, lengths, dtype), []
     for groups in (None, tuning.groups):
         own = dataclasses.replace(tuning, groups=groups)
-        found.append(_forward(kind, *inputs, own))
-        assert all(map(torch.equal, found[-1], _forward(kind, *inputs, own)))
+        found.append(_forward(kind, spec, *inputs, own))
+        assert all(map(torch.equal, found[-1], _forward(kind, spec, *inputs, own)))
     (plain, *plain_numbers), (out, *numbers) = found
-    exact = _exact(kind, *inputs)
+    exact = _exact(kind, spec, *inputs)
     norms = exact.norm(dim=-1)
     feasible = norms > 0
     worst, allowed = (((x.double() - exact).norm(dim=-1) / norms)[feasible] for x in (out, plain))
@@ -72,22 +76,22 @@ def test_warp_groups_are_as_near_to_exact_as_the_portable_kernel(kind, width, n,
         torch.testing.assert_close(x, expected, rtol=0, atol=0.1)
 
 
-def _forward(kind: str, q, levels, start, parameters, tuning) -> list[torch.Tensor]:
+def _forward(kind: str, spec: MahaSpec, q, levels, start, parameters, tuning) -> list[torch.Tensor]:
     """Output, and what else the kernel writes."""
     learned = (parameters.query_gain, parameters.key_gain, parameters.utility_query, parameters.utility_bias)
-    given = (q, *learned, start, SPEC, (0,) * SPEC.scales, tuning, levels)
+    given = (q, *learned, start, spec, (0,) * spec.scales, tuning, levels)
     if kind == "scale by scale":
         return list(triton_scales.Call(*given).forward())
     return [x for x in JOINT[kind](*given).forward(True) if x is not None]
 
 
-def _exact(kind: str, q, levels, start, parameters) -> torch.Tensor:
+def _exact(kind: str, spec: MahaSpec, q, levels, start, parameters) -> torch.Tensor:
     """The output by plain torch in fp64."""
     double = AttentionParameters(**{name: x.double() for name, x in vars(parameters).items() if x is not None})
     given = (q.double(), [tuple(x.double() for x in level) for level in levels], start, double)
     if kind == "scale by scale":
-        return attend_scales(*given, SPEC, (0,) * SPEC.scales)[0]
-    return attend(*given, dataclasses.replace(SPEC, lse_utility=kind == "one softmax")).out_tnd
+        return attend_scales(*given, spec, (0,) * spec.scales)[0]
+    return attend(*given, dataclasses.replace(spec, lse_utility=kind == "one softmax")).out_tnd
 
 
 @pytest.mark.parametrize(("kind", "n", "g", "dtype"), HEADS_OF_GRADIENTS, ids=str)

@@ -57,7 +57,8 @@ GAME = {"aggregation": "nash", "coupling": "gram"}
 FUSED = [
     ("no LSE", {"lse_utility": False}, True),
     ("tokens", {"rope_unit": "token"}, True),
-    ("tokens, gram", {"rope_unit": "token", "coupling": "gram"}, False),
+    ("tokens, no LSE", {"rope_unit": "token", "lse_utility": False}, False),
+    ("tokens, gram", {"rope_unit": "token", "coupling": "gram"}, True),
     ("quadratic", {"regularizer": "quadratic"}, False),
     ("quadratic, no LSE", {"regularizer": "quadratic", "lse_utility": False}, False),
     ("gram", {"coupling": "gram"}, True),
@@ -82,6 +83,15 @@ CASES = [
         Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), lse_utility=False)),
         1,
         id="ratio 3, no LSE",
+    ),
+    pytest.param(
+        Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,), coupling="gram")), 2, id="one scale, a program"
+    ),
+    pytest.param(
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), rope_unit="token")),
+        1,
+        marks=full,
+        id="ratio 3, tokens",
     ),
     pytest.param(
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1), lse_utility=False)),
@@ -134,6 +144,7 @@ def test_every_output_and_gradient_in_fp32_equals_the_reference(case, heads):
 
 
 GAME_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(**GAME))
+TOKENS_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(rope_unit="token"))
 NO_LSE_CASE = Case(lengths=SHORT, n=4, g=2, d=32, spec=spec(lse_utility=False))
 WIDE_CASES = [
     pytest.param(
@@ -144,7 +155,7 @@ WIDE_CASES = [
     )
     for name, options, _ in [("one softmax", {}, True), *FUSED]
     for width, g in ((64, 4), (128, 2))
-    if name in ("one softmax", "no LSE", "quadratic", "gram", "nash")
+    if name in ("one softmax", "no LSE", "quadratic", "gram", "nash") or name.startswith("tokens")
 ]
 
 
@@ -154,6 +165,7 @@ WIDE_CASES = [
         pytest.param(PACKED_CASE, 2, id="packed"),
         pytest.param(GAME_CASE, 2, id="a game"),
         pytest.param(NO_LSE_CASE, 2, id="no LSE"),
+        pytest.param(TOKENS_CASE, 2, id="tokens"),
         *WIDE_CASES,
     ],
 )
@@ -194,6 +206,10 @@ def test_weights_are_written_when_asked_for_only(lse_utility):
         pytest.param((107,), (0, 100, 101, 107), (64, 32, 11), {}, marks=full, id="a past of several tiles of keys"),
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"lse_utility": False}, id="no LSE"),
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME, id="a game"),
+        pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"rope_unit": "token"}, id="tokens"),
+        pytest.param(
+            (23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME | {"rope_unit": "token"}, marks=full, id="tokens, a game"
+        ),
     ],
 )
 def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows, options):

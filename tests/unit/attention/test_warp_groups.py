@@ -39,7 +39,7 @@ def projected(rows: int, *heads: int, width: int = 64, gap: int = 0, dtype: torc
     return whole.unflatten(1, (-1, width)).split(heads, dim=1)
 
 
-def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None):
+def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None, unit="block"):
     past_slots, g, width = past_slots or (0,) * len(windows), k.shape[1], k.shape[2]
     levels = [(k, v)]
     for scale in range(1, len(windows)):
@@ -47,7 +47,7 @@ def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, 
         levels.append(tuple(empty(entries, g, width, dtype=q.dtype) for _ in range(2)))
     scales, n = len(windows), q.shape[1]
     learned = (empty(n, width), empty(g, width), empty(scales, n, width), empty(scales, n))
-    spec = MahaSpec(ratio=ratio, windows=windows, convolution=False)
+    spec = MahaSpec(ratio=ratio, windows=windows, convolution=False, rope_unit=unit)
     return kind(q, *learned, empty(len(q), dtype=torch.int64), spec, past_slots, tuning, levels)
 
 
@@ -175,6 +175,16 @@ def test_keys_gradients_of_refined_layers_go_to_the_portable_kernel_with_what_op
     assert launch.kernel is key_gradient_kernel
     assert launch.arguments["made"].opened is of_keys
     assert launch.arguments["SHAPE"].blocks == 2
+
+
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=KINDS)
+def test_queries_turn_once_for_every_scale_where_all_count_tokens_or_there_is_one(kind):
+    given = projected(100, 4, 2, 2)
+    for expected, options in ((False, {}), (True, {"unit": "token"}), (True, {"windows": (100,)})):
+        launch = launch_of(call_of(*given, kind=kind, **options))
+        assert launch.kernel is gluon_launch.attend_by_groups_kernel
+        assert launch.arguments["SHAPE"].one_turn == expected
 
 
 def test_interpreted_kernels_are_the_portable_ones(monkeypatch):
