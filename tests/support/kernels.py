@@ -98,10 +98,12 @@ def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
-def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
+def launches(
+    width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, rope_unit: str = "block"
+) -> dict[str, Launch]:
     """Every launch of forward and backward at 4,096 tokens and their default windows, on the meta device."""
     windows, rows = (128, 112, 124, 64), 4096
-    spec = MahaSpec(ratio=4, windows=windows, convolution=False)
+    spec = MahaSpec(ratio=4, windows=windows, convolution=False, rope_unit=rope_unit)
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
     level_keys, level_values = (
         [empty(rows // 4**scale, g, width, kind=dtype) for scale in range(len(windows))] for _ in range(2)
@@ -152,14 +154,22 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
 
 
 def refined_launches(
-    width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, ratio: int = 4, blocks: int = 4
+    width: int,
+    dtype: torch.dtype,
+    tuning: Tuning,
+    *,
+    n: int = 16,
+    g: int = 16,
+    ratio: int = 4,
+    blocks: int = 4,
+    **options,
 ) -> dict[str, Launch]:
     """What a refined layer launches that others do not, or not like that, at 4,096 tokens, on the meta device.
 
-    A block has ratio**2 children.
+    A block has ratio**2 children. `options`: more of the spec.
     """
     rows, refine = 4096, Refinement(from_scale=2, to_scale=0, blocks=blocks)
-    spec = MahaSpec(ratio=ratio, windows=(128, 112, 256), convolution=False, refine=refine)
+    spec = MahaSpec(ratio=ratio, windows=(128, 112, 256), convolution=False, refine=refine, **options)
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
     counts = [slot_count(rows, stride(ratio, scale)) for scale in range(spec.scales)]
     levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in counts]
@@ -190,6 +200,24 @@ def refined_launches_at_the_ends(width: int, dtype: torch.dtype, tuning: Tuning)
     most = most_of_refined(dtype)
     sizes = {"n": most["heads"], "g": 1, "ratio": math.isqrt(most["children"]), "blocks": most["blocks"]}
     return refined_launches(width, dtype, tuning, **sizes)
+
+
+_IN_TOKENS = (
+    "query gradients",
+    "query gradients, weighed",
+    "query gradients, scale by scale",
+    "query gradients, refined",
+    "key gradients",
+    "key gradients, as the table has it",
+)
+
+
+def launches_in_tokens(width: int, dtype: torch.dtype, tuning: Tuning) -> dict[str, Launch]:
+    """Where all scales count tokens, so that queries turn once: some of the launches that are others then."""
+    found = launches(width, dtype, tuning, rope_unit="token") | refined_launches(
+        width, dtype, tuning, rope_unit="token"
+    )
+    return {f"in tokens: {name}": found[name] for name in _IN_TOKENS}
 
 
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
@@ -262,19 +290,22 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         ("one scale, one head at a time", joint, 4096, 6, 2, 2, (100,), False, True),
         ("ratio 3, after a past", joint, 100, 4, 2, 3, (100, 30, 20), True, True),
         ("8 scales", joint, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("8 scales in tokens", joint, 4096, 16, 8, 4, (64,) * 8, False, True),
         ("weighed, one row and head", weighed, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         ("weighed, ratio 3, after a past", weighed, 100, 4, 2, 3, (100, 30, 20), True, True),
         ("weighed, 8 scales", weighed, 4096, 16, 8, 4, (64,) * 8, False, True),
         ("scale by scale, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         ("scale by scale, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
         ("scale by scale, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("scale by scale in tokens, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
     ):
         pasts = windows if past else (0,) * len(windows)
         entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
         levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in entries]
         learned = (empty(n, width), empty(g, width))
         learned += (empty(len(windows), n, width), empty(len(windows), n)) if with_weights else (None, None)
-        spec, q = MahaSpec(ratio=ratio, windows=windows, convolution=False), empty(rows, n, width, kind=dtype)
+        unit, q = "token" if "in tokens" in name else "block", empty(rows, n, width, kind=dtype)
+        spec = MahaSpec(ratio=ratio, windows=windows, convolution=False, rope_unit=unit)
         call = kind(q, *learned, empty(rows, kind=torch.int64), spec, pasts, tuning, levels)
         keys, of_scales = empty(g, sum(entries), width, kind=dtype), empty(rows, n, len(windows))
         given = (keys, q, empty(n, rows), of_scales if with_weights else None)
@@ -386,7 +417,7 @@ def main() -> None:
         asked = refined_launches_at_the_ends(width, dtype, tuning)
     else:
         asked = launches(width, dtype, tuning) | decoding_launches(width, dtype)
-        asked |= refined_launches(width, dtype, tuning)
+        asked |= refined_launches(width, dtype, tuning) | launches_in_tokens(width, dtype, tuning)
         if which == "all":
             of_three_heads = refined_launches(width, dtype, tuning, n=12, g=4)
             asked |= {f"{name}, 3 heads a group": launch for name, launch in of_three_heads.items()}

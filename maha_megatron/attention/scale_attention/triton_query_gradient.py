@@ -8,7 +8,8 @@ Where every scale has a softmax of its own, which w_l weighs, P = w_l exp(s - LS
 is found by a pass of its own over the scale's keys, and dc_l = w_l (delta_l - <dO, out>).
 
 One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's. Turned
-queries, which every tile of keys in sight needs again, are written for the second kernel.
+queries, which every tile of keys in sight needs again, are written for the second kernel. Where queries turn alike for
+every scale, both happen once: queries are turned before the first scale, and the accumulator back behind the last.
 """
 
 import triton
@@ -54,13 +55,23 @@ def at_parts(parts, n, head, which, SHAPE: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def store_turned(first, second, made, line, place, places, scale, inside, SHAPE: tl.constexpr):
-    """Turns queries, in halves and times their gain, for a scale, and writes them to lines of [n, L, t, d]."""
+    """Turns queries, in halves and times their gain, for a scale, and writes them to lines of [n, L, t, d].
+
+    With one turn they are the same at every scale: lines of [n, 1, t, d].
+    """
     operand: tl.constexpr = made.turned.dtype.element_ty
     first, second = turned_queries(first, second, place, places, scale, operand, SHAPE)
     at = made.turned + line[:, None] * (2 * SHAPE.half) + tl.arange(0, SHAPE.half)[None, :]
     tl.store(at, first, mask=inside[:, None])
     tl.store(at + SHAPE.half, second, mask=inside[:, None])
     return first, second
+
+
+@triton.jit
+def load_turned(made, line, inside, SHAPE: tl.constexpr):
+    """What `store_turned` wrote."""
+    at = made.turned + line[:, None] * (2 * SHAPE.half) + tl.arange(0, 2 * SHAPE.half)[None, :]
+    return tl.load(at, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -79,6 +90,9 @@ def turn_tile(lines, document, lse, own_lse, line, SHAPE: tl.constexpr, HEADS: t
     of_all = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
     first = first * of_heads(queries.gain, head, channel, 2 * HALF, HEADS)
     second = second * of_heads(queries.gain, head, channel + HALF, 2 * HALF, HEADS)
+    if SHAPE.one_turn:
+        once = head.to(tl.int64) * places.rows + row
+        store_turned(first, second, made, once, row - document, places, 0, inside, SHAPE)
     for scale in tl.range(0, len(SHAPE.windows)):
         offset = -of_all
         if SHAPE.utilities:
@@ -86,7 +100,8 @@ def turn_tile(lines, document, lse, own_lse, line, SHAPE: tl.constexpr, HEADS: t
         if SHAPE.apart:
             offset -= tl.load(own_lse + line, mask=inside, other=0.0)
         tl.store(made.offsets + line, offset, mask=inside)
-        store_turned(first, second, made, line, row - document, places, scale, inside, SHAPE)
+        if not SHAPE.one_turn:
+            store_turned(first, second, made, line, row - document, places, scale, inside, SHAPE)
         line += places.rows
     return norm
 
@@ -331,18 +346,21 @@ def query_gradient_kernel(
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     if SHAPE.blocks > 0:
-        at_branch = first_branch + SCALES * places.rows
-        total = opened_utilities(made, head, group, row, inside, at_branch, places, SHAPE)
+        total = opened_utilities(made, head, group, row, inside, first_branch + SCALES * places.rows, places, SHAPE)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
+    if SHAPE.one_turn:
+        query = load_turned(made, head.to(tl.int64) * places.rows + row, inside, SHAPE)
+        if SHAPE.blocks > 0:
+            grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
     for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
         at_scale = first_line + scale * places.rows
         offset = tl.load(made.offsets + at_scale, mask=inside, other=0.0)
-        turned_at = made.turned + at_scale[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-        query = tl.load(turned_at, mask=inside[:, None], other=0.0)
-        grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
-        if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
-            grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
+        if not SHAPE.one_turn:
+            query = load_turned(made, at_scale, inside, SHAPE)
+            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
+            if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
+                grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
         of_tiles, delta_here = (offset, unit, sight, keys, group, places, scale), delta
         if SHAPE.apart:
             own = tl.load(own_lse + at_scale, mask=inside, other=0.0)

@@ -57,7 +57,8 @@ GAME = {"aggregation": "nash", "coupling": "gram"}
 FUSED = [
     ("no LSE", {"lse_utility": False}, True),
     ("tokens", {"rope_unit": "token"}, True),
-    ("tokens, gram", {"rope_unit": "token", "coupling": "gram"}, False),
+    ("tokens, gram", {"rope_unit": "token", "coupling": "gram"}, True),
+    ("tokens, no LSE", {"rope_unit": "token", "lse_utility": False}, True),
     ("quadratic", {"regularizer": "quadratic"}, False),
     ("quadratic, no LSE", {"regularizer": "quadratic", "lse_utility": False}, False),
     ("gram", {"coupling": "gram"}, True),
@@ -78,6 +79,12 @@ CASES = [
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
     ),
     pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
+    pytest.param(
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5), rope_unit="token")),
+        1,
+        marks=full,
+        id="tokens, ratio 3, one head a tile",
+    ),
     pytest.param(
         Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), lse_utility=False)),
         1,
@@ -144,7 +151,7 @@ WIDE_CASES = [
     )
     for name, options, _ in [("one softmax", {}, True), *FUSED]
     for width, g in ((64, 4), (128, 2))
-    if name in ("one softmax", "no LSE", "quadratic", "gram", "nash")
+    if name in ("one softmax", "no LSE", "quadratic", "gram", "nash", "tokens", "tokens, no LSE", "tokens, gram")
 ]
 
 
@@ -194,6 +201,10 @@ def test_weights_are_written_when_asked_for_only(lse_utility):
         pytest.param((107,), (0, 100, 101, 107), (64, 32, 11), {}, marks=full, id="a past of several tiles of keys"),
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"lse_utility": False}, id="no LSE"),
         pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), GAME, id="a game"),
+        pytest.param((23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"rope_unit": "token"}, id="tokens"),
+        pytest.param(
+            (23, 4, 16), (0, 10, 11, 43), (7, 4, 3), {"rope_unit": "token"} | GAME, marks=full, id="tokens, a game"
+        ),
     ],
 )
 def test_pieces_equal_one_pass_and_gradients_cross_their_borders(lengths, cuts, windows, options):
