@@ -7,9 +7,10 @@ With P = exp(s + c_l - LSE) rebuilt from what forward kept, delta = <dO, out> an
 Where every scale has a softmax of its own, which w_l weighs, P = w_l exp(s - LSE_l), every scale's delta_l = <dO, O_l>
 is found by a pass of its own over the scale's keys, and dc_l = w_l (delta_l - <dO, out>).
 
-One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's. Turned
-queries, which every tile of keys in sight needs again, are written for the second kernel. Where queries turn alike for
-every scale, both happen once: queries are turned before the first scale, and the accumulator back behind the last.
+One accumulator serves all scales: behind each it is turned from the scale's angles to the next one's, behind the last
+back to none. Turned queries, which every tile of keys in sight needs again, are written for the second kernel. Where
+queries turn alike for every scale, both happen once: queries are turned before the first scale, and the accumulator
+back behind the last.
 """
 
 import triton
@@ -108,11 +109,12 @@ def turn_tile(lines, document, lse, own_lse, line, SHAPE: tl.constexpr, HEADS: t
 
 @triton.jit
 def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
-    """The accumulator, turned from the angles of the scale before to those of this one; at scale 0 from none."""
-    turn = turns_on(place, places.frequency, scale, tl.arange(0, SHAPE.half), SHAPE.half, SHAPE.fast)
+    """The accumulator, turned from the angles of a scale to those of the next; of the last one, back to none."""
+    SCALES: tl.constexpr = len(SHAPE.windows)
+    turn, sign = turns_on(place, places.frequency, scale, tl.arange(0, SHAPE.half), SCALES, SHAPE.half, SHAPE.fast)
     cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = halves(accumulator)
-    first, second = rotated(first, second, cosine, sine)
+    first, second = rotated(first, second, cosine, sine * sign)
     return joined(first, second)
 
 
@@ -194,13 +196,16 @@ def store_query_gradients(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Back from the last scale's angles, through utilities, gain and normalisation; half by half, as registers want."""
+    """Back through utilities, gain and normalisation, half by half, as registers want; with one turn, before from its
+    angles.
+    """
     HALF: tl.constexpr = SHAPE.half
     channel, inside = tl.arange(0, HALF), (row < places.rows)[:, None]
-    turn = turns(row - document, places.frequency, len(SHAPE.windows) - 1, channel, HALF, SHAPE.fast)
-    cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = halves(accumulator)
-    first, second = rotated(first, second, cosine, -sine)
+    if SHAPE.one_turn:
+        turn = turns(row - document, places.frequency, 0, channel, HALF, SHAPE.fast)
+        cosine, sine = cosine_sine(turn, SHAPE.fast)
+        first, second = rotated(first, second, cosine, -sine)
     scaling: tl.constexpr = (2 * HALF) ** -0.5
     grads_utility = total[:, None]
     if SHAPE.utilities:
@@ -358,7 +363,6 @@ def query_gradient_kernel(
         offset = tl.load(made.offsets + at_scale, mask=inside, other=0.0)
         if not SHAPE.one_turn:
             query = load_turned(made, at_scale, inside, SHAPE)
-            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
             if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
                 grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
         of_tiles, delta_here = (offset, unit, sight, keys, group, places, scale), delta
@@ -369,6 +373,8 @@ def query_gradient_kernel(
         with_sums: tl.constexpr = SHAPE.utilities and not SHAPE.apart
         of_rows = (grad_query, query, grad, delta_here)
         grad_query, grad_utility, share = add_query_gradient(*of_rows, *of_tiles, SHAPE, KEYS, with_sums)
+        if not SHAPE.one_turn:
+            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         if SHAPE.apart:
             share = tl.where(sight[0] < sight[1], tl.exp2(offset + own), 0.0)
             grad_utility = share * (delta_here - delta)

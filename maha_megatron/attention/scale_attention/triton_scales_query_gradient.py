@@ -80,9 +80,10 @@ def scales_query_gradient_kernel(
             first, second = gained_queries(queries, start, row, head, inside & (sight[2] <= sight[3]), HALF, HEADS)
             at = (head * SCALES + scale).to(tl.int64) * places.rows + row
             query = joined(*store_turned(first, second, made, at, row - document, places, scale, inside, SHAPE))
-            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
         grad_query, _of_logits, _of_weights = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, False)
+        if not SHAPE.one_turn:
+            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
     lines = (queries, places, made, start, row, head)
     total = tl.zeros_like(norm)  # nothing is to be taken out of the utilities' gradients
     store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)
