@@ -98,10 +98,12 @@ def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
-def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16) -> dict[str, Launch]:
+def launches(
+    width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, rope_unit: str = "block"
+) -> dict[str, Launch]:
     """Every launch of forward and backward at 4,096 tokens and their default windows, on the meta device."""
     windows, rows = (128, 112, 124, 64), 4096
-    spec = MahaSpec(ratio=4, windows=windows, convolution=False)
+    spec = MahaSpec(ratio=4, windows=windows, convolution=False, rope_unit=rope_unit)
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
     level_keys, level_values = (
         [empty(rows // 4**scale, g, width, kind=dtype) for scale in range(len(windows))] for _ in range(2)
@@ -148,19 +150,26 @@ def launches(width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: 
             "parts added up": triton_sums.adding_up(zip(parts_of, sums_of, strict=True)),
         }
         | _apart(of_call, tuning, levels)
-        | _in_tokens(of_call, tuning, levels)
     )
 
 
 def refined_launches(
-    width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, ratio: int = 4, blocks: int = 4
+    width: int,
+    dtype: torch.dtype,
+    tuning: Tuning,
+    *,
+    n: int = 16,
+    g: int = 16,
+    ratio: int = 4,
+    blocks: int = 4,
+    **options,
 ) -> dict[str, Launch]:
     """What a refined layer launches that others do not, or not like that, at 4,096 tokens, on the meta device.
 
-    A block has ratio**2 children.
+    A block has ratio**2 children. `options`: more of the spec.
     """
     rows, refine = 4096, Refinement(from_scale=2, to_scale=0, blocks=blocks)
-    spec = MahaSpec(ratio=ratio, windows=(128, 112, 256), convolution=False, refine=refine)
+    spec = MahaSpec(ratio=ratio, windows=(128, 112, 256), convolution=False, refine=refine, **options)
     q, start = empty(rows, n, width, kind=dtype), empty(rows, kind=torch.int64)
     counts = [slot_count(rows, stride(ratio, scale)) for scale in range(spec.scales)]
     levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in counts]
@@ -193,6 +202,30 @@ def refined_launches_at_the_ends(width: int, dtype: torch.dtype, tuning: Tuning)
     return refined_launches(width, dtype, tuning, **sizes)
 
 
+_IN_TOKENS = (
+    "attention",
+    "attention, as the table has it",
+    "attention, weighed",
+    "attention, weighed, as the table has it",
+    "attention, scale by scale",
+    "attention, scale by scale, as the table has it",
+    "query gradients",
+    "query gradients, weighed",
+    "query gradients, scale by scale",
+    "query gradients, refined",
+    "key gradients",
+    "key gradients, as the table has it",
+)
+
+
+def launches_in_tokens(width: int, dtype: torch.dtype, tuning: Tuning) -> dict[str, Launch]:
+    """Where all scales count tokens, so that queries turn once: some of the launches that are others then."""
+    found = launches(width, dtype, tuning, rope_unit="token") | refined_launches(
+        width, dtype, tuning, rope_unit="token"
+    )
+    return {f"in tokens: {name}": found[name] for name in _IN_TOKENS}
+
+
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     """Launches of calls whose scales have a softmax each."""
     q, portable = of_call[0], dataclasses.replace(tuning, groups=None, key_groups=None)
@@ -219,25 +252,6 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
         "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
         "key gradients, weighed, as the table has it": weighed_by_groups.key_gradients(keys, q, of_weighed, made),
     }
-
-
-def _in_tokens(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
-    """Forward launches of calls whose queries turn alike for every scale."""
-    (q, *learned, start, spec, past_slots), found = of_call, {}
-    of_tokens = (q, *learned, start, dataclasses.replace(spec, rope_unit="token"), past_slots)
-    kinds = {"": triton_joint.Call, ", weighed": triton_joint.WeighedCall, ", scale by scale": triton_scales.Call}
-    portable, (rows, n, width), scales = dataclasses.replace(tuning, groups=None), q.shape, spec.scales
-    of_scales, own_lse = empty(rows, n, scales), empty(n, scales, rows)
-    for name, kind in kinds.items():
-        for chosen_by, tiles in (("", portable), (", as the table has it", tuning)):
-            call = kind(*of_tokens, tiles, levels)
-            keys = empty(call.g, sum(call.entries), width, kind=q.dtype)
-            if kind is triton_scales.Call:
-                made = (empty(rows, n, scales, width, kind=q.dtype), of_scales, of_scales)
-            else:
-                made = (q, empty(n, rows), None, own_lse if call.apart else None)
-            found[f"attention{name}, in tokens{chosen_by}"] = call.attention(keys, *made)
-    return found
 
 
 def _fusions(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor) -> dict[str, Launch]:
@@ -296,6 +310,7 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         ("scale by scale, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
         (f"scale by scale, {tokens}, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         (f"scale by scale, {tokens}, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
+        ("scale by scale in tokens, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
     ):
         pasts = windows if past else (0,) * len(windows)
         entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
@@ -417,7 +432,7 @@ def main() -> None:
         asked = refined_launches_at_the_ends(width, dtype, tuning)
     else:
         asked = launches(width, dtype, tuning) | decoding_launches(width, dtype)
-        asked |= refined_launches(width, dtype, tuning)
+        asked |= refined_launches(width, dtype, tuning) | launches_in_tokens(width, dtype, tuning)
         if which == "all":
             of_three_heads = refined_launches(width, dtype, tuning, n=12, g=4)
             asked |= {f"{name}, 3 heads a group": launch for name, launch in of_three_heads.items()}

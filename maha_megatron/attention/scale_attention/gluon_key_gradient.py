@@ -84,7 +84,9 @@ def load_rows(tile, start, head, scale, given, described, ring, SHAPE: gl.conste
     query_buffers, grad_buffers, numbers, sights, seen, barriers = ring
     STAGES: gl.constexpr = query_buffers.shape[0]
     of_scale = head * len(SHAPE.windows) + scale
-    of_output, of_softmax = head, head
+    of_output, of_softmax, of_turn = head, head, of_scale
+    if SHAPE.one_turn:
+        of_turn = head
     if EACH:
         of_output = of_scale
     if SHAPE.apart:
@@ -112,7 +114,7 @@ def load_rows(tile, start, head, scale, given, described, ring, SHAPE: gl.conste
     gl.thread_barrier()
     full = barriers[0].index(stage)
     mbarrier.expect(full, 2 * ROWS * 2 * SHAPE.half * 2)
-    turned_at = of_scale * places.rows + start
+    turned_at = of_turn * places.rows + start
     tma.async_copy_global_to_shared(described[2], [turned_at, 0], full, query_buffers.index(stage))
     channel = of_output * grad_out.head_stride
     tma.async_copy_global_to_shared(described[3], [start, channel], full, grad_buffers.index(stage))
@@ -308,7 +310,7 @@ def add_up(given, of_keys, parts, works, made, shared, SHAPE: gl.constexpr, SIZE
 
 @gluon.jit
 def key_gradient_by_groups_kernel(
-    turned_rows,  # descriptor of [n L t, d]
+    turned_rows,  # descriptor of [n L t, d]; with one turn of [n t, d]
     grad_rows,  # of dO [t, n d]; with EACH, a head and scale is a head of its own
     key_entries,  # of [g entries, d]
     value_0,  # of every scale's [entries, g d]

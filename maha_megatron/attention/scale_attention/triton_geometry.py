@@ -52,13 +52,16 @@ def turns(place, frequency, scale, channel, HALF: tl.constexpr, FAST: tl.constex
 
 
 @triton.jit
-def turns_on(place, frequency, scale, channel, HALF: tl.constexpr, FAST: tl.constexpr):
-    """By how much the turn of a scale is more than the next finer one's; at scale 0, than none."""
+def turns_on(place, frequency, scale, channel, SCALES: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr):
+    """By how much the turn of the next scale is more than this one's, and 1; of the last scale its turn, and -1."""
+    last = scale == SCALES - 1
     if FAST:
-        more = tl.load(frequency + (4 * scale + 3) * HALF + channel).to(tl.uint32, bitcast=True)
-        return place.to(tl.uint32, bitcast=True)[:, None] * more[None, :]
-    before = turns(tl.where(scale > 0, place, 0), frequency, tl.maximum(scale - 1, 0), channel, HALF, FAST)
-    return turns(place, frequency, scale, channel, HALF, FAST) - before
+        more = tl.load(frequency + tl.where(last, 4 * scale + 2, 4 * scale + 7) * HALF + channel)
+        turn = place.to(tl.uint32, bitcast=True)[:, None] * more.to(tl.uint32, bitcast=True)[None, :]
+    else:
+        before = turns(tl.where(last, 0, place), frequency, scale, channel, HALF, FAST)
+        turn = turns(place, frequency, tl.minimum(scale + 1, SCALES - 1), channel, HALF, FAST) - before
+    return turn, tl.where(last, -1.0, 1.0)
 
 
 @triton.jit

@@ -7,8 +7,8 @@
 On Hopper cards kernels by warp groups take the place of attend_kernel and key_gradient_kernel (gluon_launch.py).
 
 Kept for backward: q, the levels, out, and one number per row and head; where utilities alone weigh the scales, one more
-for each scale. Backward's own buffers, turned queries and prepared keys, are those of a few groups. Every sum has a
-fixed order, so results are bitwise reproducible.
+for each scale. Backward's own buffers, turned queries (of every scale, or once where they turn alike for all) and
+prepared keys, are those of a few groups. Every sum has a fixed order, so results are bitwise reproducible.
 """
 
 import functools
@@ -75,6 +75,11 @@ class Call:
     def _keys(self, prepared: torch.Tensor) -> Keys:
         return Keys(prepared, sum(self.entries), of_scales(self.values))
 
+    @property
+    def _one_turn(self) -> bool:
+        """Whether queries turn alike for every scale."""
+        return self.spec.scales == 1 or self.spec.rotary_ratio == 1
+
     def _shape(self) -> Shape:
         return Shape(
             ratio=self.spec.ratio,
@@ -85,7 +90,7 @@ class Call:
             fast=self.q.dtype.itemsize == 2 and compiled(),
             utilities=self.rho is not None,
             apart=self.apart,
-            one_turn=self.spec.scales == 1 or self.spec.rotary_ratio == 1,
+            one_turn=self._one_turn,
             precision="tf32x3" if self.q.dtype.itemsize == 4 else "tf32",
             **({} if self.spec.refine is None else vars(self.spec.refine)),
         )
@@ -218,7 +223,7 @@ class Call:
             delta=self._empty(n, *([scales] if self.apart else []), self.rows),
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
-            turned=self._empty(n, scales, self.rows, width, dtype=dtype),
+            turned=self._empty(n, 1 if self._one_turn else scales, self.rows, width, dtype=dtype),
             utility_gradients=self._empty(n * with_utilities, branches, self.rows),
             shares=self._empty(n * with_utilities, branches, self.rows),
             learned_parts=self._empty(tiles, n, self._learned_kinds(), width),

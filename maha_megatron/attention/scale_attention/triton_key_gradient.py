@@ -201,7 +201,7 @@ def key_gradient_kernel(
     grad_key, grad_value = sums_at_first(made, entry, group, part, places, scale, inside, SHAPE)
     for head in tl.range(group * queries.n_per_group, (group + 1) * queries.n_per_group):
         of_scale = (head * SCALES + scale).to(tl.int64) * places.rows
-        turned = found.turned + of_scale * (2 * HALF)
+        turned = found.turned + (tl.cast(head, tl.int64) * places.rows if SHAPE.one_turn else of_scale) * (2 * HALF)
         of_output = head * SCALES + scale if EACH else head
         delta_at = found.delta + (of_scale if SHAPE.apart else head * places.rows)
         for at in tl.range(begin, stop, ROWS):

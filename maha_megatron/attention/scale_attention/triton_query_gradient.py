@@ -7,8 +7,10 @@ With P = exp(s + c_l - LSE) rebuilt from what forward kept, delta = <dO, out> an
 Where every scale has a softmax of its own, which w_l weighs, P = w_l exp(s - LSE_l), every scale's delta_l = <dO, O_l>
 is found by a pass of its own over the scale's keys, and dc_l = w_l (delta_l - <dO, out>).
 
-One accumulator serves all scales: before each scale it is turned from the last scale's angles to this one's. Turned
-queries, which every tile of keys in sight needs again, are written for the second kernel.
+One accumulator serves all scales: behind each it is turned from the scale's angles to the next one's, behind the last
+back to none. Turned queries, which every tile of keys in sight needs again, are written for the second kernel. Where
+queries turn alike for every scale, both happen once: queries are turned before the first scale, and the accumulator
+back behind the last.
 """
 
 import triton
@@ -54,13 +56,23 @@ def at_parts(parts, n, head, which, SHAPE: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def store_turned(first, second, made, line, place, places, scale, inside, SHAPE: tl.constexpr):
-    """Turns queries, in halves and times their gain, for a scale, and writes them to lines of [n, L, t, d]."""
+    """Turns queries, in halves and times their gain, for a scale, and writes them to lines of [n, L, t, d].
+
+    With one turn they are the same at every scale: lines of [n, 1, t, d].
+    """
     operand: tl.constexpr = made.turned.dtype.element_ty
     first, second = turned_queries(first, second, place, places, scale, operand, SHAPE)
     at = made.turned + line[:, None] * (2 * SHAPE.half) + tl.arange(0, SHAPE.half)[None, :]
     tl.store(at, first, mask=inside[:, None])
     tl.store(at + SHAPE.half, second, mask=inside[:, None])
     return first, second
+
+
+@triton.jit
+def load_turned(made, line, inside, SHAPE: tl.constexpr):
+    """What `store_turned` wrote."""
+    at = made.turned + line[:, None] * (2 * SHAPE.half) + tl.arange(0, 2 * SHAPE.half)[None, :]
+    return tl.load(at, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -79,6 +91,9 @@ def turn_tile(lines, document, lse, own_lse, line, SHAPE: tl.constexpr, HEADS: t
     of_all = tl.load(lse + head * places.rows + row, mask=inside, other=0.0)
     first = first * of_heads(queries.gain, head, channel, 2 * HALF, HEADS)
     second = second * of_heads(queries.gain, head, channel + HALF, 2 * HALF, HEADS)
+    if SHAPE.one_turn:
+        once = head.to(tl.int64) * places.rows + row
+        store_turned(first, second, made, once, row - document, places, 0, inside, SHAPE)
     for scale in tl.range(0, len(SHAPE.windows)):
         offset = -of_all
         if SHAPE.utilities:
@@ -86,18 +101,20 @@ def turn_tile(lines, document, lse, own_lse, line, SHAPE: tl.constexpr, HEADS: t
         if SHAPE.apart:
             offset -= tl.load(own_lse + line, mask=inside, other=0.0)
         tl.store(made.offsets + line, offset, mask=inside)
-        store_turned(first, second, made, line, row - document, places, scale, inside, SHAPE)
+        if not SHAPE.one_turn:
+            store_turned(first, second, made, line, row - document, places, scale, inside, SHAPE)
         line += places.rows
     return norm
 
 
 @triton.jit
 def turned_on(accumulator, place, places, scale, SHAPE: tl.constexpr):
-    """The accumulator, turned from the angles of the scale before to those of this one; at scale 0 from none."""
-    turn = turns_on(place, places.frequency, scale, tl.arange(0, SHAPE.half), SHAPE.half, SHAPE.fast)
+    """The accumulator, turned from the angles of a scale to those of the next; of the last one, back to none."""
+    SCALES: tl.constexpr = len(SHAPE.windows)
+    turn, sign = turns_on(place, places.frequency, scale, tl.arange(0, SHAPE.half), SCALES, SHAPE.half, SHAPE.fast)
     cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = halves(accumulator)
-    first, second = rotated(first, second, cosine, sine)
+    first, second = rotated(first, second, cosine, sine * sign)
     return joined(first, second)
 
 
@@ -179,13 +196,16 @@ def store_query_gradients(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Back from the last scale's angles, through utilities, gain and normalisation; half by half, as registers want."""
+    """Back through utilities, gain and normalisation, half by half, as registers want; with one turn, before from its
+    angles.
+    """
     HALF: tl.constexpr = SHAPE.half
     channel, inside = tl.arange(0, HALF), (row < places.rows)[:, None]
-    turn = turns(row - document, places.frequency, len(SHAPE.windows) - 1, channel, HALF, SHAPE.fast)
-    cosine, sine = cosine_sine(turn, SHAPE.fast)
     first, second = halves(accumulator)
-    first, second = rotated(first, second, cosine, -sine)
+    if SHAPE.one_turn:
+        turn = turns(row - document, places.frequency, 0, channel, HALF, SHAPE.fast)
+        cosine, sine = cosine_sine(turn, SHAPE.fast)
+        first, second = rotated(first, second, cosine, -sine)
     scaling: tl.constexpr = (2 * HALF) ** -0.5
     grads_utility = total[:, None]
     if SHAPE.utilities:
@@ -331,18 +351,20 @@ def query_gradient_kernel(
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     if SHAPE.blocks > 0:
-        at_branch = first_branch + SCALES * places.rows
-        total = opened_utilities(made, head, group, row, inside, at_branch, places, SHAPE)
+        total = opened_utilities(made, head, group, row, inside, first_branch + SCALES * places.rows, places, SHAPE)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
+    if SHAPE.one_turn:
+        query = load_turned(made, head.to(tl.int64) * places.rows + row, inside, SHAPE)
+        if SHAPE.blocks > 0:
+            grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
     for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
         at_scale = first_line + scale * places.rows
         offset = tl.load(made.offsets + at_scale, mask=inside, other=0.0)
-        turned_at = made.turned + at_scale[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-        query = tl.load(turned_at, mask=inside[:, None], other=0.0)
-        grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
-        if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
-            grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
+        if not SHAPE.one_turn:
+            query = load_turned(made, at_scale, inside, SHAPE)
+            if SHAPE.blocks > 0 and scale == SHAPE.to_scale:
+                grad_query = add_opened(grad_query, made.opened, head, group, row, inside, places, SHAPE)
         of_tiles, delta_here = (offset, unit, sight, keys, group, places, scale), delta
         if SHAPE.apart:
             own = tl.load(own_lse + at_scale, mask=inside, other=0.0)
@@ -351,6 +373,8 @@ def query_gradient_kernel(
         with_sums: tl.constexpr = SHAPE.utilities and not SHAPE.apart
         of_rows = (grad_query, query, grad, delta_here)
         grad_query, grad_utility, share = add_query_gradient(*of_rows, *of_tiles, SHAPE, KEYS, with_sums)
+        if not SHAPE.one_turn:
+            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         if SHAPE.apart:
             share = tl.where(sight[0] < sight[1], tl.exp2(offset + own), 0.0)
             grad_utility = share * (delta_here - delta)

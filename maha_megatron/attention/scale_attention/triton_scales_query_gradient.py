@@ -69,15 +69,21 @@ def scales_query_gradient_kernel(
     tl.store(made.norms + head * places.rows + row, norm, mask=inside)
     unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
     grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
+    if SHAPE.one_turn:
+        first, second = gained_queries(queries, start, row, head, inside, HALF, HEADS)
+        at = head.to(tl.int64) * places.rows + row
+        query = joined(*store_turned(first, second, made, at, row - document, places, 0, inside, SHAPE))
     for scale in tl.range(0, SCALES):
         sight = sight_of_tile(start, ends, row, document, scale, SHAPE)
         grad, delta, offset = load_scale(given, made, places, start, row, head, queries.n, scale, inside, SHAPE)
-        first, second = gained_queries(queries, start, row, head, inside & (sight[2] <= sight[3]), HALF, HEADS)
-        at_scale = (head * SCALES + scale).to(tl.int64) * places.rows + row
-        query = joined(*store_turned(first, second, made, at_scale, row - document, places, scale, inside, SHAPE))
-        grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
+        if not SHAPE.one_turn:
+            first, second = gained_queries(queries, start, row, head, inside & (sight[2] <= sight[3]), HALF, HEADS)
+            at = (head * SCALES + scale).to(tl.int64) * places.rows + row
+            query = joined(*store_turned(first, second, made, at, row - document, places, scale, inside, SHAPE))
         of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
         grad_query, _of_logits, _of_weights = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, False)
+        if not SHAPE.one_turn:
+            grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
     lines = (queries, places, made, start, row, head)
     total = tl.zeros_like(norm)  # nothing is to be taken out of the utilities' gradients
     store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)

@@ -28,6 +28,8 @@ CASES = [
     Case(lengths=(333,), n=4, g=1, d=64, spec=MahaSpec(ratio=2, windows=(100,))),
     Case(lengths=(150, 1, 211), n=6, g=2, d=128, spec=dataclasses.replace(SMALL, rope_unit="token")),
     Case(lengths=(300, 77), n=4, g=2, d=64, spec=dataclasses.replace(SMALL, rope_unit="token", coupling="gram")),
+    Case(lengths=(300, 77), n=4, g=2, d=64, spec=dataclasses.replace(SMALL, rope_unit="token")),
+    Case(lengths=(211, 150), n=4, g=4, d=128, spec=dataclasses.replace(SMALL, rope_unit="token", coupling="gram")),
 ]
 FLOOR = {torch.bfloat16: 2**-8, torch.float16: 2**-10}
 LENGTHS = {
@@ -46,7 +48,12 @@ HEADS = [
     # of the kinds that share everything but a scale's end with the first, one dtype each
     if kind == KINDS[0] or (n, g, dtype) in [(16, 16, torch.bfloat16), (8, 2, torch.float16)]
 ]
-HEADS_OF_GRADIENTS = [one for one in HEADS if one[0] in JOINT and one[1:3] != (8, 4)]
+HEADS_OF_GRADIENTS = [
+    (*one, rope_unit)
+    for one, rope_unit in itertools.product(HEADS, ["block", "token"])
+    if one[0] in JOINT and one[1:3] != (8, 4)
+    if rope_unit == "block" or one[1:] in [(16, 16, torch.bfloat16), (8, 2, torch.float16)]
+]
 
 
 @pytest.mark.parametrize(("kind", "n", "g", "dtype"), HEADS, ids=str)
@@ -94,11 +101,13 @@ def _exact(kind: str, spec: MahaSpec, q, levels, start, parameters) -> torch.Ten
     return attend(*given, dataclasses.replace(spec, lse_utility=kind == "one softmax")).out_tnd
 
 
-@pytest.mark.parametrize(("kind", "n", "g", "dtype"), HEADS_OF_GRADIENTS, ids=str)
+@pytest.mark.parametrize(("kind", "n", "g", "dtype", "rope_unit"), HEADS_OF_GRADIENTS, ids=str)
 @pytest.mark.parametrize("offset", [0, 777], ids=["", "after a past"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("width", [64, 128])
-def test_gradients_are_at_most_twice_as_far_from_exact_as_plain_torch(kind, width, n, g, lengths, offset, dtype):
+def test_gradients_are_at_most_twice_as_far_from_exact_as_plain_torch(
+    kind, width, n, g, lengths, offset, dtype, rope_unit
+):
     """In the same dtype. Tiles of keys that one program has, and several, of one document and more; the first begins
     before row 0.
     """
@@ -109,11 +118,11 @@ def test_gradients_are_at_most_twice_as_far_from_exact_as_plain_torch(kind, widt
     q, levels, start, parameters = _inputs(width, n, g, lengths, dtype, past_slots)
     start = torch.where(start == 0, -offset, start)
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).cuda().to(dtype)
-    spec = dataclasses.replace(SPEC, lse_utility=kind == "one softmax")
+    spec = dataclasses.replace(SPEC, lse_utility=kind == "one softmax", rope_unit=rope_unit)
     given = (q, levels, parameters, start, past_slots, grad_out, spec)
     exact, plain = (_plain_gradients(*given, own) for own in (torch.float64, dtype))
     learned = (parameters.query_gain, parameters.key_gain, parameters.utility_query, parameters.utility_bias)
-    call = JOINT[kind](q, *learned, start, SPEC, past_slots, tuning, levels)
+    call = JOINT[kind](q, *learned, start, spec, past_slots, tuning, levels)
     made = call.made_by_key_gradients(call.raw_keys, call.values)
     launch = call.key_gradients(call.prepared_keys(), grad_out, call.made_by_query_gradients(), made)
     assert launch.kernel.is_gluon()

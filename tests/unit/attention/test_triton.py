@@ -57,8 +57,8 @@ GAME = {"aggregation": "nash", "coupling": "gram"}
 FUSED = [
     ("no LSE", {"lse_utility": False}, True),
     ("tokens", {"rope_unit": "token"}, True),
-    ("tokens, no LSE", {"rope_unit": "token", "lse_utility": False}, False),
     ("tokens, gram", {"rope_unit": "token", "coupling": "gram"}, True),
+    ("tokens, no LSE", {"rope_unit": "token", "lse_utility": False}, True),
     ("quadratic", {"regularizer": "quadratic"}, False),
     ("quadratic, no LSE", {"regularizer": "quadratic", "lse_utility": False}, False),
     ("gram", {"coupling": "gram"}, True),
@@ -79,6 +79,12 @@ CASES = [
         Case(lengths=(40, 41), n=1, g=1, d=32, spec=spec(2, (5, 4, 3, 3, 4, 2, 1, 1))), 1, marks=full, id="8 scales"
     ),
     pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
+    pytest.param(
+        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5), rope_unit="token")),
+        1,
+        marks=full,
+        id="tokens, ratio 3, one head a tile",
+    ),
     pytest.param(
         Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), lse_utility=False)),
         1,

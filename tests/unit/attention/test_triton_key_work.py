@@ -48,8 +48,8 @@ def work_kernel(places, parts, found, SHAPE: tl.constexpr, GROUPS: tl.constexpr)
 def works_of(ratio, windows, pasts, parts, start: torch.Tensor) -> list[list[int]]:
     """What the kernel finds of every work's two halves whose keys exist, as it stores them."""
     shape = Shape(
-        ratio=ratio, windows=windows, past_slots=pasts, half=32, epsilon=1e-6, fast=False, utilities=True, apart=False, one_turn=False,
-        precision="tf32",
+        ratio=ratio, windows=windows, past_slots=pasts, half=32, epsilon=1e-6, fast=False, utilities=True, apart=False,
+        one_turn=False, precision="tf32",
     )  # fmt: skip
     rows = len(start)
     entries = [past + slot_count(rows, stride(ratio, scale)) for scale, past in enumerate(pasts)]

@@ -124,6 +124,11 @@ def heads_apart(q, levels, *others):
         pytest.param(Case(lengths=(13,), n=16, g=1, d=32, spec=spec()), kernels, id="16 heads a group"),
         pytest.param(Case(lengths=(5, 21), n=4, g=2, d=32, spec=spec()), heads_together, id="two heads a tile"),
         pytest.param(Case(lengths=(5, 21), n=4, g=2, d=32, spec=spec()), heads_apart, id="head after head"),
+        pytest.param(
+            Case(lengths=(5, 21), n=4, g=2, d=32, spec=spec(rope_unit="token")),
+            heads_together,
+            id="two heads a tile, in tokens",
+        ),
     ],
 )
 def test_other_sizes_and_layouts_equal_the_reference_in_fp32(case, attention):
@@ -289,8 +294,9 @@ def test_a_changed_token_leaves_earlier_rows_bitwise_unchanged(case, tokens):
 
 
 @pytest.mark.parametrize("cuts", [(0, 31, 32, 53), pytest.param((0, 5, 17, 40, 53), marks=full)], ids=str)
-def test_pieces_equal_one_pass_and_gradients_cross_their_borders(cuts):
-    case = Case(lengths=(39, 14), n=2, g=1, d=32, spec=MIXED)
+@pytest.mark.parametrize("rope_unit", ["block", pytest.param("token", marks=full)])
+def test_pieces_equal_one_pass_and_gradients_cross_their_borders(cuts, rope_unit):
+    case = Case(lengths=(39, 14), n=2, g=1, d=32, spec=dataclasses.replace(MIXED, rope_unit=rope_unit))
     assert wrong(in_pieces(case, cuts), reference(case), 3e-6) == {}
 
 

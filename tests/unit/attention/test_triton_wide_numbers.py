@@ -23,8 +23,8 @@ def rows_kernel(lists, found, SHAPE: tl.constexpr, LINES: tl.constexpr):
 def test_rows_of_a_list_are_found_behind_places_of_more_than_32_bits():
     length, blocks = 3000, 2
     shape = Shape(
-        ratio=2, windows=(4,), past_slots=(0,), half=16, epsilon=1e-6, fast=False, utilities=True, apart=False, one_turn=False,
-        precision="tf32", blocks=blocks,
+        ratio=2, windows=(4,), past_slots=(0,), half=16, epsilon=1e-6, fast=False, utilities=True, apart=False,
+        one_turn=False, precision="tf32", blocks=blocks,
     )  # fmt: skip
     places = torch.arange(16) * 7
     order = places + length * (2**31 // length + 5)

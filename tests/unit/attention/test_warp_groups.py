@@ -39,7 +39,7 @@ def projected(rows: int, *heads: int, width: int = 64, gap: int = 0, dtype: torc
     return whole.unflatten(1, (-1, width)).split(heads, dim=1)
 
 
-def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None, unit="block"):
+def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, ratio=4, past_slots=None, **options):
     past_slots, g, width = past_slots or (0,) * len(windows), k.shape[1], k.shape[2]
     levels = [(k, v)]
     for scale in range(1, len(windows)):
@@ -47,7 +47,7 @@ def call_of(q, k, v, *, kind=triton_joint.Call, tuning=TUNING, windows=WINDOWS, 
         levels.append(tuple(empty(entries, g, width, dtype=q.dtype) for _ in range(2)))
     scales, n = len(windows), q.shape[1]
     learned = (empty(n, width), empty(g, width), empty(scales, n, width), empty(scales, n))
-    spec = MahaSpec(ratio=ratio, windows=windows, convolution=False, rope_unit=unit)
+    spec = MahaSpec(ratio=ratio, windows=windows, convolution=False, **options)
     return kind(q, *learned, empty(len(q), dtype=torch.int64), spec, past_slots, tuning, levels)
 
 
@@ -181,7 +181,7 @@ def test_keys_gradients_of_refined_layers_go_to_the_portable_kernel_with_what_op
 @pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=KINDS)
 def test_queries_turn_once_for_every_scale_where_all_count_tokens_or_there_is_one(kind):
     given = projected(100, 4, 2, 2)
-    for expected, options in ((False, {}), (True, {"unit": "token"}), (True, {"windows": (100,)})):
+    for expected, options in ((False, {}), (True, {"rope_unit": "token"}), (True, {"windows": (100,)})):
         launch = launch_of(call_of(*given, kind=kind, **options))
         assert launch.kernel is gluon_launch.attend_by_groups_kernel
         assert launch.arguments["SHAPE"].one_turn == expected
@@ -293,6 +293,21 @@ def test_keys_gradients_are_given_every_argument_and_as_many_programs_as_there_i
     length = 4 * 64 * (3 if kind is triton_scales.Call else 1)
     assert (grads.shape, grads.strides, grads.block_shape) == ([rows, length], [length, 1], [64, 64])
     assert [launch.arguments[f"value_{scale}"] is None for scale in range(8)] == [False] * 3 + [True] * 5
+
+
+@pytest.mark.usefixtures("as_compiled")
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=KINDS)
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [({}, 4), ({"rope_unit": "token"}, 1), ({"windows": (64,)}, 1), ({"windows": (64,), "rope_unit": "token"}, 1)],
+    ids=str,
+)
+def test_queries_that_turn_alike_at_every_scale_are_kept_once_for_the_keys_gradients(kind, options, turns):
+    launch = key_launch_of(call_of(*projected(300, 4, 2, 2), kind=kind, **options))
+    assert launch.kernel is gluon_launch.key_gradient_by_groups_kernel
+    assert launch.arguments["SHAPE"].one_turn == (turns == 1)
+    assert launch.arguments["found"].turned.shape == (4, turns, 300, 64)
+    assert launch.arguments["turned_rows"].shape == [4 * turns * 300, 64]
 
 
 @pytest.mark.usefixtures("as_compiled")
