@@ -35,7 +35,6 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     joined,
     of_heads,
     rotated,
-    turns,
     turns_on,
 )
 
@@ -185,7 +184,6 @@ def store_query_gradients(
     accumulator,
     norm,
     total,
-    document,
     queries,
     places,
     made,
@@ -196,16 +194,10 @@ def store_query_gradients(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Back through utilities, gain and normalisation, half by half, as registers want; with one turn, before from its
-    angles.
-    """
+    """Back through utilities, gain and normalisation; half by half, as registers want."""
     HALF: tl.constexpr = SHAPE.half
     channel, inside = tl.arange(0, HALF), (row < places.rows)[:, None]
     first, second = halves(accumulator)
-    if SHAPE.one_turn:
-        turn = turns(row - document, places.frequency, 0, channel, HALF, SHAPE.fast)
-        cosine, sine = cosine_sine(turn, SHAPE.fast)
-        first, second = rotated(first, second, cosine, -sine)
     scaling: tl.constexpr = (2 * HALF) ** -0.5
     grads_utility = total[:, None]
     if SHAPE.utilities:
@@ -338,7 +330,6 @@ def query_gradient_kernel(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    HALF: tl.constexpr = SHAPE.half
     SCALES: tl.constexpr = len(SHAPE.windows)
     start, row, document, head, group = tile_rows(queries, places, ROWS, HEADS)
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
@@ -348,11 +339,11 @@ def query_gradient_kernel(
     norm = turn_tile(lines, document, lse, own_lse, first_line, SHAPE, HEADS)
     tl.debug_barrier()  # what one thread wrote, others read
     grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
-    unit = norm * (LOG2_E / (2 * HALF) ** 0.5)
+    unit = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     if SHAPE.blocks > 0:
         total = opened_utilities(made, head, group, row, inside, first_branch + SCALES * places.rows, places, SHAPE)
-    grad_query = tl.zeros([HEADS * ROWS, 2 * HALF], tl.float32)
+    grad_query = tl.zeros([HEADS * ROWS, 2 * SHAPE.half], tl.float32)
     if SHAPE.one_turn:
         query = load_turned(made, head.to(tl.int64) * places.rows + row, inside, SHAPE)
         if SHAPE.blocks > 0:
@@ -373,7 +364,7 @@ def query_gradient_kernel(
         with_sums: tl.constexpr = SHAPE.utilities and not SHAPE.apart
         of_rows = (grad_query, query, grad, delta_here)
         grad_query, grad_utility, share = add_query_gradient(*of_rows, *of_tiles, SHAPE, KEYS, with_sums)
-        if not SHAPE.one_turn:
+        if not SHAPE.one_turn or scale == SCALES - 1:
             grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
         if SHAPE.apart:
             share = tl.where(sight[0] < sight[1], tl.exp2(offset + own), 0.0)
@@ -383,4 +374,4 @@ def query_gradient_kernel(
             tl.store(made.utility_gradients + at_branch, grad_utility, mask=inside)
             tl.store(made.shares + at_branch, share, mask=inside)
             total += grad_utility
-    store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)
+    store_query_gradients(grad_query, norm, total, *lines, SHAPE, ROWS, HEADS)

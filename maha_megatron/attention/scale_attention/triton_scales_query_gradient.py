@@ -82,8 +82,8 @@ def scales_query_gradient_kernel(
             query = joined(*store_turned(first, second, made, at, row - document, places, scale, inside, SHAPE))
         of_scale = (query, grad, delta, offset, unit, sight, keys, group, places, scale)
         grad_query, _of_logits, _of_weights = add_query_gradient(grad_query, *of_scale, SHAPE, KEYS, False)
-        if not SHAPE.one_turn:
+        if not SHAPE.one_turn or scale == SCALES - 1:
             grad_query = turned_on(grad_query, row - document, places, scale, SHAPE)
     lines = (queries, places, made, start, row, head)
     total = tl.zeros_like(norm)  # nothing is to be taken out of the utilities' gradients
-    store_query_gradients(grad_query, norm, total, document, *lines, SHAPE, ROWS, HEADS)
+    store_query_gradients(grad_query, norm, total, *lines, SHAPE, ROWS, HEADS)
