@@ -89,7 +89,7 @@ OF_ONE_DEVICE = {"cpu": ("dense_limit", "threads"), "cuda": ("preset", "flex", "
 # what a preset says itself; its lengths, dtypes and backend may be others
 SAID_BY_PRESETS = (
     "heads", "kv_groups", "width", "ratio", "windows", "downsampling", "key_map", "queries", "aggregation",
-    "regularizer", "coupling", "no_lse", "convolution",
+    "regularizer", "coupling", "no_lse", "convolution", "rope_unit",
 )  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--coupling", choices=CHOICES["coupling"], default="none", help="(%(default)s)")
     add("--no-lse", action="store_true", help="utilities without the log-sum-exp")
     add("--convolution", action="store_true", help="with the convolution, on every side")
+    add("--rope-unit", choices=CHOICES["rope_unit"], default="block", help="of MAHA's positions (%(default)s)")
     add("--flex", action="store_true", help="GPU: FlexAttention beside the others; torch.compile takes its time")
     add("--backend", choices=BACKEND_NAMES, help="(default eager; GPU: triton)")
     add("--threads", type=int, help="CPU: of torch; default: torch's own choice")
@@ -163,7 +164,7 @@ def check_options(options: argparse.Namespace) -> None:
         ConfigError: one line, with the length.
     """
     maha = {"ratio": options.ratio, "windows": options.windows, "full_reach": False, "lse_utility": not options.no_lse}
-    same = ("downsampling", "key_map", "queries", "aggregation", "regularizer", "coupling", "convolution")
+    same = ("downsampling", "key_map", "queries", "aggregation", "regularizer", "coupling", "convolution", "rope_unit")
     maha |= {name: getattr(options, name) for name in same}
     model = {"heads": options.heads, "kv_groups": options.kv_groups, "head_width": options.width}
     for length in sorted(options.lengths):
@@ -193,6 +194,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         coupling=options.coupling,
         lse_utility=not options.no_lse,
         convolution=options.convolution,
+        rope_unit=options.rope_unit,
     )
     return Setting(
         operator=operator,

@@ -52,7 +52,8 @@ _BEFORE_THE_KEY = {
 def model_description(config: Config) -> dict[str, Any]:
     """Dotted key -> plain value of what determines shapes and meaning of the weights, derived values resolved.
 
-    Keys of an attention that no layer uses are left out: they do not change the model.
+    Keys of an attention that no layer uses are left out: they do not change the model. Windows of a model whose layers
+    are all refined stand under maha.windows, whichever key gave them.
     """
     kinds = layer_attention(config)
     description = {f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS}

@@ -91,7 +91,8 @@ class Maha:
     full_reach: bool = leaf(
         True,
         owner="config",
-        help="Insist that every row can see back to its document's start; false for a plain sliding window.",
+        help="Insist that every row can see back to its document's start, in refined layers, too; false where a plain "
+        "sliding window is meant.",
     )
     downsampling: str = leaf(
         "gated",

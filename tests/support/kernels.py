@@ -310,7 +310,7 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         ("scale by scale, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
         (f"scale by scale, {tokens}, one row and head", each, 1, 1, 1, 4, (128, 112, 124, 64), False, False),
         (f"scale by scale, {tokens}, 8 scales", each, 4096, 16, 8, 4, (64,) * 8, False, True),
-        ("scale by scale in tokens, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
+        (f"scale by scale, {tokens}, ratio 3, after a past", each, 100, 4, 2, 3, (100, 30, 20), True, True),
     ):
         pasts = windows if past else (0,) * len(windows)
         entries = [before + slot_count(rows, stride(ratio, scale)) for scale, before in enumerate(pasts)]
@@ -329,7 +329,7 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
             given += (empty(n, len(windows), rows) if kind is weighed else None,)
         found[name] = call.attention(*given)
         if unit == "token":
-            continue  # keys' gradients read turned queries, however they turned
+            continue  # of keys' gradients, where one turn moves an offset alone, the table's sizes have to do
         for_keys = (call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True)))
         found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, *for_keys)
     assert all(launch.kernel.is_gluon() for launch in found.values())

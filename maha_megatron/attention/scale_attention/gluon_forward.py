@@ -60,9 +60,10 @@ from maha_megatron.attention.scale_attention.triton_geometry import (
     turns,
 )
 from maha_megatron.attention.triton_slots import visible, window_of
+from maha_megatron.scales import MAX_SCALES
 
 LN_2 = gl.constexpr(0.6931471805599453)
-OF_SCALES = gl.constexpr(8)  # the most that there may be
+OF_SCALES = gl.constexpr(MAX_SCALES)
 
 
 @gluon.constexpr_function

@@ -15,8 +15,8 @@ from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes,
 from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS, ROWS
 from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, KeyGroupTiles
 from maha_megatron.attention.triton_launch import Launch
+from maha_megatron.scales import MAX_SCALES
 
-_MOST_SCALES = 8
 _REGISTERS = 168  # of each of 384 threads at the start; consumers then get what the loader leaves
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -28,7 +28,7 @@ def unserved(rows: torch.Tensor, values: Sequence[torch.Tensor]) -> str | None:
     """
     if rows.dtype not in _KINDS or rows.shape[-1] not in (64, 128):
         return f"{rows.dtype}, heads of {rows.shape[-1]} channels"
-    if len(values) > _MOST_SCALES:
+    if len(values) > MAX_SCALES:
         return f"{len(values)} scales"
     read = (rows, *values)
     if any(x.dtype != rows.dtype for x in read):
@@ -86,7 +86,7 @@ def _launch(kernel, works: int, arguments: dict[str, object], device: torch.devi
 
 def _described_values(values: Sequence[torch.Tensor], keys: int) -> dict[str, TensorDescriptor | None]:
     """Of every scale that there may be."""
-    described = [_described(x, keys, x.shape[-1]) for x in values] + [None] * (_MOST_SCALES - len(values))
+    described = [_described(x, keys, x.shape[-1]) for x in values] + [None] * (MAX_SCALES - len(values))
     return {f"value_{scale}": of_scale for scale, of_scale in enumerate(described)}
 
 

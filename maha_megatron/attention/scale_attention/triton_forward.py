@@ -129,7 +129,7 @@ def gained_queries(queries, start, row, head, there, HALF: tl.constexpr, HEADS: 
     """Raw queries times their gain, in two halves.
 
     Read again at every scale that turns them or has a utility, from a cache: held in registers, they would cost a
-    program per multiprocessor. There, `there` is to depend on the scale, or the compiler does hold them.
+    program per multiprocessor. In a loop over scales, `there` has to depend on the scale, or the compiler holds them.
     """
     channel = tl.arange(0, HALF)
     first, second = load_queries(queries, start, row, head, there, HALF)

@@ -1,7 +1,8 @@
 """What every kernel of joint attention shares: rotary angles, normalisation and halves of channels.
 
 Rotary angles of scale l are whole multiples of one angle per channel: queries stand at p / R, a block at the place of
-its last row over R, so both are rows / R. The fraction of a turn is kept in 32 bits,
+its last row over R, so both are rows / R; R is 1 where positions count tokens. The fraction of a turn is kept in 32
+bits,
 
     turn = rows * F mod 2^32        F = base^(-2i/d) / (2 pi R) turns a row, 64 bits behind the point
 

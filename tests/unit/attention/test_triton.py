@@ -80,12 +80,6 @@ CASES = [
     ),
     pytest.param(Case(lengths=(70,), n=2, g=1, d=32, spec=spec(windows=(17,))), 2, id="one scale"),
     pytest.param(
-        Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5), rope_unit="token")),
-        1,
-        marks=full,
-        id="tokens, ratio 3, one head a tile",
-    ),
-    pytest.param(
         Case(lengths=(3, 50), n=2, g=1, d=32, spec=spec(3, (20, 8, 5, 3, 2), lse_utility=False)),
         1,
         id="ratio 3, no LSE",

@@ -228,6 +228,7 @@ WIDE_CASES = [
     Case(lengths=(300, 1, 211), n=4, g=4, d=64, spec=spec(ratio=4, windows=(32, 28, 64))),
     Case(lengths=(450,), n=4, g=1, d=128, spec=spec(SUMMARIES, ratio=4, windows=(32, 28, 64))),
     Case(lengths=(450, 62), n=6, g=2, d=64, spec=spec(FOUR, ratio=4, windows=(16, 12, 64))),
+    Case(lengths=(450, 62), n=4, g=2, d=128, spec=spec(SUMMARIES, ratio=4, windows=(32, 28, 64), rope_unit="token")),
 ]
 
 MANY_CHILDREN = [  # 64, which kernels serve in 16 bits

@@ -118,10 +118,7 @@ def test_turns_differ_from_the_peers_in_nothing_else() -> None:
     path = REPOSITORY_CONFIGS / "studies" / "turns_4k.yaml"
     found, peers = load_study(path), load_study(path.with_name("peers_4k.yaml"))
     configs = {peer: found.config(peer, 1, **WHERE) for peer in found.peers}
-    told = dict(re.findall(r"(\w+) ([\d.]+) %", path.read_text().partition("extends")[0]))
-    assert told == {
-        peer: f"{100 * attention_savings(config)['saved_frac_all_in']:.1f}" for peer, config in configs.items()
-    }
+    savings_as_told(path, configs)
     for peer, config in configs.items():
         like = peers.config(peer.removesuffix("_tokens"), 1, **WHERE)
         unit = "token" if peer.endswith("_tokens") else "block"
