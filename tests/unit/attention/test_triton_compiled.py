@@ -130,7 +130,7 @@ def test_warp_groups_compile_at_the_ends_of_what_they_serve(width, dtype):
     turn alike for every scale.
     """
     found = compiled(90, width, dtype, "by warp groups")
-    assert len(found) == 27
+    assert len(found) == 28
     check_counters(found)
     assert max(one["shared_bytes"] for one in found.values()) <= SHARED_BYTES[90]
     of_keys = {name for name in found if name.endswith("keys' gradients")}
