@@ -67,7 +67,6 @@ OPTION_OF = {
     "model.kv_groups": "--kv-groups",
     "model.head_width": "--width",
     "data.sequence_tokens": "--lengths",
-    "maha.key_map": "--key-map",
     "maha.lse_utility": "--no-lse",
 }
 
@@ -178,7 +177,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 def _option(key: str) -> str:
     """What a key of a configuration is called here; a key that no option sets keeps its name."""
-    return OPTION_OF.get(key, f"--{key.removeprefix('maha.')}" if key.startswith("maha.") else key)
+    own = f"--{key.removeprefix('maha.').replace('_', '-')}" if key.startswith("maha.") else key
+    return OPTION_OF.get(key, own)
 
 
 def setting_of(options: argparse.Namespace) -> Setting:

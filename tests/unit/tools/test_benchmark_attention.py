@@ -157,6 +157,7 @@ def test_too_few_repeats_are_refused():
         ),
         ("--aggregation nash --lengths 64 4096", "64 tokens: --aggregation: no effect with"),
         ("--windows 9 --downsampling max --key-map", "--downsampling, --key-map: no effect with"),
+        ("--queries pooled --rope-unit token", "--rope-unit: token does not go with --queries: pooled"),
     ],
 )
 def test_what_a_configuration_would_refuse_is_one_line(main, arguments, message, capsys):
