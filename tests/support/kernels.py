@@ -98,6 +98,21 @@ def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
+def without_groups(tuning: Tuning) -> Tuning:
+    """With the portable kernels alone."""
+    return dataclasses.replace(tuning, groups=None, key_groups=None, query_groups=None)
+
+
+def _by_groups(name: str, found: list[Launch]) -> dict[str, Launch]:
+    """What takes the place of the launch `name` where the table has warp groups: nothing where it has none."""
+    parts = {
+        f"{name}, begun": found[0],
+        f"{name}, as the table has it": found[len(found) // 2],
+        f"{name}, ended": found[-1],
+    }
+    return parts if len(found) == 3 else {}
+
+
 def launches(
     width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, rope_unit: str = "block"
 ) -> dict[str, Launch]:
@@ -111,7 +126,7 @@ def launches(
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
     of_call = (q, *learned, start, spec, (0,) * len(windows))
-    portable = dataclasses.replace(tuning, groups=None, key_groups=None)
+    portable = without_groups(tuning)
     call, in_portable = (triton_joint.Call(*of_call, tiles, levels) for tiles in (tuning, portable))
     keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
     made = call.made_by_key_gradients(level_keys, level_values)
@@ -143,7 +158,8 @@ def launches(
             "preparation": call.preparation(keys),
             "attention": in_portable.attention(keys, q, lse, None, None),
             "attention, as the table has it": call.attention(keys, q, lse, None, None),
-            "query gradients": call.query_gradients(keys, q, lse, None, q, found),
+            "query gradients": in_portable.query_gradients(keys, q, lse, None, q, found)[0],
+            **_by_groups("query gradients", call.query_gradients(keys, q, lse, None, q, found)),
             "key gradients": in_portable.key_gradients(keys, q, found, made),
             "key gradients, as the table has it": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
@@ -174,7 +190,8 @@ def refined_launches(
     counts = [slot_count(rows, stride(ratio, scale)) for scale in range(spec.scales)]
     levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in counts]
     learned = (empty(n, width), empty(g, width), empty(spec.branches, n, width), empty(spec.branches, n))
-    call = triton_opened.Call(q, *learned, start, spec, (0, 0, 0), tuning, levels)
+    of_call = (q, *learned, start, spec, (0, 0, 0))
+    call, in_portable = (triton_opened.Call(*of_call, tiles, levels) for tiles in (tuning, without_groups(tuning)))
     keys, lse, chosen = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), empty(g, rows, blocks)
     choices = (empty(g, rows * blocks, kind=torch.int32), empty(g, rows * blocks, kind=torch.int64))
     lists = Lists(chosen.to(torch.int32), *choices, rows * blocks, call.entries[2] + 1)
@@ -190,7 +207,8 @@ def refined_launches(
         "opened keys joined": call.joining(lists.chosen, outputs, q, lse, lse),
         "opened keys' gradients": call.opened_gradients(opening, keys, lists, q, of_queries, of_keys),
         "runs added": call.added_runs(lists, of_keys),
-        "query gradients, refined": call.query_gradients(keys, q, lse, None, q, found),
+        "query gradients, refined": in_portable.query_gradients(keys, q, lse, None, q, found)[0],
+        **_by_groups("query gradients, refined", call.query_gradients(keys, q, lse, None, q, found)),
         "key gradients, refined": call.key_gradients(keys, q, found, made),
     }
 
@@ -228,7 +246,7 @@ def launches_in_tokens(width: int, dtype: torch.dtype, tuning: Tuning) -> dict[s
 
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     """Launches of calls whose scales have a softmax each."""
-    q, portable = of_call[0], dataclasses.replace(tuning, groups=None, key_groups=None)
+    q, portable = of_call[0], without_groups(tuning)
     kinds = (triton_scales.Call, triton_joint.WeighedCall)
     single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
     single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
@@ -248,7 +266,7 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
         ),
         "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
         "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
-        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
+        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed)[0],
         "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
         "key gradients, weighed, as the table has it": weighed_by_groups.key_gradients(keys, q, of_weighed, made),
     }

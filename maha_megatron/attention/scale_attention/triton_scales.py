@@ -14,6 +14,7 @@ import torch
 
 import maha_megatron.attention.scale_attention.triton_joint as joint
 from maha_megatron.attention.scale_attention.triton_arguments import QueryGradients, Rows
+from maha_megatron.attention.scale_attention.triton_query_ends import begin_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_forward import attend_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_query_gradient import scales_query_gradient_kernel
 from maha_megatron.attention.triton_launch import Launch
@@ -60,13 +61,16 @@ class Call(joint.Call):
         self.attention(self.prepared_keys(), outs, lses, utilities).run()
         return outs, lses, utilities
 
-    def query_gradients(self, keys, given: Given, made: QueryGradients) -> Launch:
-        tiles = self.tuning.query_gradient
+    def query_gradients(self, keys, given: Given, made: QueryGradients) -> list[Launch]:
         outs, grad_outs = self.rows_of(given.outs), self.rows_of(given.grad_outs)
         of_rows = given._replace(outs=outs, grad_outs=grad_outs, grad_utilities=None)
-        tensors = (self._queries(), self._keys(keys), self._places(), of_rows, made)
-        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
-        return self._launch(scales_query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
+        by_groups = self._query_gradients_by_groups(keys, given.grad_outs, None, made)
+        if by_groups is not None:
+            made, middle, end = by_groups
+            tensors = (self._queries(), self._places(), of_rows, made)
+            return [self._by_rows(begin_scales_kernel, self._begin_tiles, *tensors), middle, end]
+        tensors, tiles = (self._queries(), self._keys(keys), self._places(), of_rows, made), self.tuning.query_gradient
+        return [self._by_rows(scales_query_gradient_kernel, tiles, *tensors, KEYS=tiles.keys)]
 
     def found_by_query_gradients(self, given: Given) -> QueryGradients:
         """As of the joint kernels, but gradients of utilities are given."""
@@ -84,5 +88,6 @@ class Call(joint.Call):
         """Writes the latter four."""
         keys = self.prepared_keys()
         found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
-        self.query_gradients(keys, given, found).run()
+        for launch in self.query_gradients(keys, given, found):
+            launch.run()
         self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values, sums)
