@@ -237,7 +237,7 @@ def ask_work(work, turns, tile, given, own_lse, shared, SHAPE: gl.constexpr, SIZ
         seen_from, seen_to = seen_by_whole_tile(first_row, own_ends, scale, SHAPE)
         sight = (see_from, see_to, 0, 0, seen_from, seen_to)
         at_scale = (head * SCALES + scale).to(gl.int64) * places.rows + row
-        at_branch = (head * SHAPE.branches + scale).to(gl.int64) * places.rows + row
+        at_branch = (at_head.to(gl.int64) + row) * SHAPE.branches + scale
         offset = gl.load(found.offsets + at_scale, mask=inside, other=float("-inf"))
         if scale == 0 or not SHAPE.one_turn:
             take(query_turn, of_queries[1], GROUP)

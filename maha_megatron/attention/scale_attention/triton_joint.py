@@ -264,8 +264,8 @@ class Call:
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
             turned=self._empty(n, 1 if self._one_turn else scales, self.rows, width, dtype=dtype),
-            utility_gradients=self._empty(n * with_utilities, branches, self.rows),
-            shares=self._empty(n * with_utilities, branches, self.rows),
+            utility_gradients=self._empty(n * with_utilities, self.rows, branches),
+            shares=self._empty(n * with_utilities, self.rows, branches),
             learned_parts=self._empty(tiles, n, self._learned_kinds(), width),
         )
 

@@ -129,19 +129,19 @@ def utility_gradients(made, places, head, group, row, inside, SHAPE: tl.constexp
     direction is taken out, and where scales are apart <dO, out>, which are found as w_l delta_l.
     """
     BRANCHES: tl.constexpr = SHAPE.branches
-    at = (head * BRANCHES).to(tl.int64) * places.rows + row
+    at = (head.to(tl.int64) * places.rows + row) * BRANCHES
     if SHAPE.blocks > 0:
-        opened_utilities(made, head, group, row, inside, at + (BRANCHES - 1) * places.rows, places, SHAPE)
+        opened_utilities(made, head, group, row, inside, at + BRANCHES - 1, places, SHAPE)
         tl.debug_barrier()  # what one thread wrote, others read
     total, gradients, found = tl.zeros([row.shape[0]], tl.float32), (), ()
     for branch in tl.static_range(BRANCHES):
-        gradient = tl.load(made.utility_gradients + at + branch * places.rows, mask=inside, other=0.0)
+        gradient = tl.load(made.utility_gradients + at + branch, mask=inside, other=0.0)
         total += gradient
         gradients += (gradient,)
     for branch in tl.static_range(BRANCHES):
         gradient = gradients[branch]
         if not GIVEN:
-            gradient -= tl.load(made.shares + at + branch * places.rows, mask=inside, other=0.0) * total
+            gradient -= tl.load(made.shares + at + branch, mask=inside, other=0.0) * total
         found += (gradient,)
     return found
 

@@ -134,8 +134,8 @@ def utility_gradients(made, total, places, row, SHAPE: tl.constexpr, ROWS: tl.co
     scale, head = of_columns(HEADS)
     own = (tl.arange(0, HEADS * ROWS) // ROWS)[:, None] == head[None, :]
     own = own & (scale < SCALES)[None, :] & (row < places.rows)[:, None]
-    first = (tl.program_id(1) * HEADS * SCALES).to(tl.int64) * places.rows
-    at = first + (head * SCALES + scale)[None, :] * places.rows + row[:, None]
+    first = (tl.program_id(1) * HEADS).to(tl.int64) * places.rows
+    at = (first + head[None, :] * places.rows + row[:, None]) * SCALES + scale[None, :]
     gradient = tl.load(made.utility_gradients + at, mask=own, other=0.0)
     return gradient - tl.load(made.shares + at, mask=own, other=0.0) * total[:, None]
 
@@ -335,14 +335,14 @@ def query_gradient_kernel(
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
     lines = (queries, places, made, start, row, head)
     first_line = (head * SCALES).to(tl.int64) * places.rows + row
-    first_branch = (head * SHAPE.branches).to(tl.int64) * places.rows + row
+    first_branch = (head.to(tl.int64) * places.rows + row) * SHAPE.branches
     norm = turn_tile(lines, document, lse, own_lse, first_line, SHAPE, HEADS)
     tl.debug_barrier()  # what one thread wrote, others read
     grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
     unit = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     if SHAPE.blocks > 0:
-        total = opened_utilities(made, head, group, row, inside, first_branch + SCALES * places.rows, places, SHAPE)
+        total = opened_utilities(made, head, group, row, inside, first_branch + SCALES, places, SHAPE)
     grad_query = tl.zeros([HEADS * ROWS, 2 * SHAPE.half], tl.float32)
     if SHAPE.one_turn:
         query = load_turned(made, head.to(tl.int64) * places.rows + row, inside, SHAPE)
@@ -370,8 +370,7 @@ def query_gradient_kernel(
             share = tl.where(sight[0] < sight[1], tl.exp2(offset + own), 0.0)
             grad_utility = share * (delta_here - delta)
         if SHAPE.utilities:
-            at_branch = first_branch + scale * places.rows
-            tl.store(made.utility_gradients + at_branch, grad_utility, mask=inside)
-            tl.store(made.shares + at_branch, share, mask=inside)
+            tl.store(made.utility_gradients + first_branch + scale, grad_utility, mask=inside)
+            tl.store(made.shares + first_branch + scale, share, mask=inside)
             total += grad_utility
     store_query_gradients(grad_query, norm, total, *lines, SHAPE, ROWS, HEADS)

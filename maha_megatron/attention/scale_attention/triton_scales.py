@@ -77,7 +77,7 @@ class Call(joint.Call):
         found = self.made_by_query_gradients()
         if given.grad_utilities is None:
             return found
-        utilities = given.grad_utilities.permute(1, 2, 0).contiguous()
+        utilities = given.grad_utilities.transpose(0, 1).contiguous()
         return found._replace(utility_gradients=utilities, shares=utilities)
 
     def backward(self, given: Given):

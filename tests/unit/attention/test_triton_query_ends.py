@@ -11,7 +11,7 @@ import torch
 from tests.support.interpreter import DEVICE  # isort: split
 
 from maha_megatron.attention.normalise_rotate import rotate, rotation
-from maha_megatron.attention.scale_attention import triton_joint
+from maha_megatron.attention.scale_attention import triton_joint, triton_scales
 from maha_megatron.attention.scale_attention.triton import attend
 from maha_megatron.attention.scale_attention.triton_tuning import QueryGroupTiles
 from maha_megatron.attention.slots import visible_slots
@@ -88,8 +88,8 @@ class PlainMiddle:
         grad_logits = weight * (grad_weight - delta[:, None])
         if shape.utilities and not each:
             share = weight.sum(1)
-            found.shares[head, scale] = share
-            found.utility_gradients[head, scale] = share * delta if shape.apart else grad_logits.sum(1)
+            found.shares[head, :, scale] = share
+            found.utility_gradients[head, :, scale] = share * delta if shape.apart else grad_logits.sum(1)
         return grad_logits @ keys
 
     def angles(self, row, scale: int, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,3 +112,29 @@ def test_gradients_by_three_kernels_equal_the_reference(case, monkeypatch):
     found = run(case, leaves(case, torch.float32, DEVICE), attention)
     assert middle.runs == case.g  # a portion each
     assert wrong(found, exact(case, torch.float32), 5e-6) == {}
+
+
+@pytest.mark.parametrize("unit", ["block", "token"])
+def test_given_gradients_of_utilities_are_taken_as_they_are(unit, monkeypatch):
+    """Of outputs of every scale: all of them at once may change something, unlike where one softmax joins them."""
+    given, found = randn(6, 40, 4, 3, 32, 5), []
+    q, outs, grad_outs = given[0][:, :, 0], given[1], given[2]
+    lses, grad_lses, grad_utilities = (x[..., 0].contiguous() for x in given[3:])
+    own = spec(rope_unit=unit)
+    levels = [tuple(randn(2, slot_count(40, 4**scale), 2, 32, scale)) for scale in range(3)]
+    learned = (*randn(1, 4, 32, 7), *randn(1, 2, 32, 8), *randn(1, 3, 4, 32, 9), *randn(1, 3, 4, 10))
+    start = torch.zeros(40, dtype=torch.int64, device=DEVICE)
+    for middle in (None, PlainMiddle()):
+        monkeypatch.setattr(triton_joint, "_by_groups_if", lambda tiles, middle=middle: tiles and middle)
+        call = triton_scales.Call(q, *learned, start, own, (0, 0, 0), TUNING, levels)
+        rows_of = triton_scales.Given(outs, lses, grad_outs, grad_lses, grad_utilities)
+        grad_q, of_learned, *others = call.backward(rows_of)
+        found.append([grad_q, *of_learned, *others[0], *others[1]])
+    for x, expected in zip(*found, strict=True):
+        torch.testing.assert_close(x, expected, rtol=2e-5, atol=2e-5)
+
+
+def randn(count: int, *shape_and_seed: int) -> list[torch.Tensor]:
+    *shape, seed = shape_and_seed
+    numbers = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    return list(numbers.to(DEVICE))
