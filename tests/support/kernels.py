@@ -231,6 +231,10 @@ _IN_TOKENS = (
     "query gradients, weighed",
     "query gradients, scale by scale",
     "query gradients, refined",
+    "query gradients, as the table has it",
+    "query gradients, weighed, as the table has it",
+    "query gradients, scale by scale, as the table has it",
+    "query gradients, refined, as the table has it",
     "key gradients",
     "key gradients, as the table has it",
 )
@@ -241,7 +245,7 @@ def launches_in_tokens(width: int, dtype: torch.dtype, tuning: Tuning) -> dict[s
     found = launches(width, dtype, tuning, rope_unit="token") | refined_launches(
         width, dtype, tuning, rope_unit="token"
     )
-    return {f"in tokens: {name}": found[name] for name in _IN_TOKENS}
+    return {f"in tokens: {name}": found[name] for name in _IN_TOKENS if name in found}
 
 
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
@@ -259,7 +263,11 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     return {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
         "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
-        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
+        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales)[0],
+        **_by_groups(
+            "query gradients, scale by scale",
+            single_by_groups.query_gradients(keys, given, single_by_groups.found_by_query_gradients(given)),
+        ),
         "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
         "key gradients, scale by scale, as the table has it": single_by_groups.key_gradients(
             keys, outs, of_scales, made
@@ -267,6 +275,9 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
         "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
         "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
         "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed)[0],
+        **_by_groups(
+            "query gradients, weighed", weighed_by_groups.query_gradients(keys, q, lse, own_lse, q, of_weighed)
+        ),
         "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
         "key gradients, weighed, as the table has it": weighed_by_groups.key_gradients(keys, q, of_weighed, made),
     }
@@ -346,10 +357,17 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         else:
             given += (empty(n, len(windows), rows) if kind is weighed else None,)
         found[name] = call.attention(*given)
+        for_queries, for_keys = call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True))
+        if kind is each:
+            of_rows = triton_scales.Given(outs, of_scales, outs, of_scales, of_scales if with_weights else None)
+            found[f"{name}, queries' gradients"] = call.query_gradients(keys, of_rows, for_queries)[1]
+        else:
+            own_lse = empty(n, len(windows), rows) if kind is weighed else None
+            backward = call.query_gradients(keys, q, empty(n, rows), own_lse, q, for_queries)
+            found[f"{name}, queries' gradients"] = backward[1]
         if unit == "token":
             continue  # of keys' gradients, where one turn moves an offset alone, the table's sizes have to do
-        for_keys = (call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True)))
-        found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, *for_keys)
+        found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, for_queries, for_keys)
     assert all(launch.kernel.is_gluon() for launch in found.values())
     return found
 

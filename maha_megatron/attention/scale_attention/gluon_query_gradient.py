@@ -136,6 +136,20 @@ def own_delta(tile, of_tiles, of_rows, ring):
 
 
 @gluon.jit
+def weigh_scale(tile, of_tiles, of_rows, ring, own_lse, found, at_scale, at_branch, inside, SHAPE: gl.constexpr):
+    """A scale's delta, where utilities alone weigh the scales; it is stored, as is what the utility gets of it."""
+    query_first, query_second, grad, unit, offset, sight = of_rows
+    own_sum = gl.load(own_lse + at_scale, mask=inside, other=0.0)
+    delta = own_delta(tile, of_tiles, (query_first, query_second, grad, unit, -own_sum, sight), ring)
+    gl.store(found.delta + at_scale, delta, mask=inside)
+    if SHAPE.utilities:
+        share = gl.where(sight[0] < sight[1], gl.exp2(offset + own_sum), 0.0)
+        gl.store(found.utility_gradients + at_branch, share * delta, mask=inside)
+        gl.store(found.shares + at_branch, share, mask=inside)
+    return delta
+
+
+@gluon.jit
 def add_tile(tile, at, sums, delta, of_rows, ring, SUMS: gl.constexpr):
     """What a tile of keys from slot `at` on asks of a warp group's queries; with SUMS, also sums of dS and of P."""
     first, second, of_logits, of_weights = sums
@@ -183,11 +197,14 @@ def turned_on(first, second, place, places, scale, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def store_half(grad, to, start, rows, HALF: gl.constexpr):
-    """Half of the channels of dq', to lines of d numbers."""
-    row = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, grad.type.layout))
-    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, grad.type.layout))
-    gl.store(to + row[:, None] * (2 * HALF) + channel[None, :], grad, mask=(start + row < rows)[:, None])
+def store_halves(first, second, to, head, start, rows, HALF: gl.constexpr):
+    """dq' of a warp group's rows to [n, t, d]."""
+    row = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, first.type.layout))
+    channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, first.type.layout))
+    at = to + (head * rows + start).to(gl.int64) * (2 * HALF) + row[:, None] * (2 * HALF) + channel[None, :]
+    inside = (start + row < rows)[:, None]
+    gl.store(at, first, mask=inside)
+    gl.store(at + HALF, second, mask=inside)
 
 
 @gluon.jit
@@ -247,16 +264,10 @@ def ask_work(work, turns, tile, given, own_lse, shared, SHAPE: gl.constexpr, SIZ
         query_first, query_second = of_queries[0].index(2 * slot), of_queries[0].index(2 * slot + 1)
         if SIZES.each:
             delta = gl.load(found.delta + at_scale, mask=inside, other=0.0)
-        if WEIGHED:
-            own_sum = gl.load(own_lse + at_scale, mask=inside, other=0.0)
-            delta = own_delta(tile, of_tiles, (query_first, query_second, grad, unit, -own_sum, sight), ring)
-            tile += of_tiles[1]
-            gl.store(found.delta + at_scale, delta, mask=inside)
-            if SHAPE.utilities:
-                share = gl.where(see_from < see_to, gl.exp2(offset + own_sum), 0.0)
-                gl.store(found.utility_gradients + at_branch, share * delta, mask=inside)
-                gl.store(found.shares + at_branch, share, mask=inside)
         of_rows = (query_first, query_second, grad, unit, offset, sight)
+        if WEIGHED:
+            delta = weigh_scale(tile, of_tiles, of_rows, ring, own_lse, found, at_scale, at_branch, inside, SHAPE)
+            tile += of_tiles[1]
         sums = add_scale(tile, of_tiles, (first, second), delta, of_rows, ring, SUMS)
         first, second, of_logits, of_weights = sums
         tile += of_tiles[1]
@@ -271,9 +282,7 @@ def ask_work(work, turns, tile, given, own_lse, shared, SHAPE: gl.constexpr, SIZ
             grad_turn += 1
         if not SHAPE.one_turn and scale < SCALES - 1:
             first, second = turned_on(first, second, row - document, places, scale, SHAPE)
-    to = found.turned_grads + (at_head + own).to(gl.int64) * (2 * HALF)
-    store_half(first, to, own, places.rows, HALF)
-    store_half(second, to + HALF, own, places.rows, HALF)
+    store_halves(first, second, found.turned_grads, head, own, places.rows, HALF)
     return query_turn, grad_turn, tile
 
 

@@ -108,12 +108,28 @@ def opened_halves(opened, head, group, row, inside, places, SHAPE: tl.constexpr)
 
 
 @triton.jit
-def gradients_of_queries(made, places, head, group, row, place, inside, SHAPE: tl.constexpr):
+def load_step(queries, places, made, start, head, there, SHAPE: tl.constexpr, STEP: tl.constexpr):
+    """Of STEP rows: raw queries, and dq', in halves; document; norm; utility's gradient and share of every scale."""
+    HALF: tl.constexpr = SHAPE.half
+    SCALES: tl.constexpr = len(SHAPE.windows) if SHAPE.utilities else 0
+    row = start + tl.arange(0, STEP)
+    inside, line = (row < places.rows) & there, head.to(tl.int64) * places.rows + row
+    raw = load_queries(queries, start, row, head, inside, HALF)
+    grads = load_halves(made.turned_grads + line * (2 * HALF), tl.arange(0, HALF), inside, HALF)
+    document = tl.load(places.document_start + row, mask=inside, other=0).to(tl.int32)
+    norm = tl.load(made.norms + line, mask=inside, other=0.0)
+    gradients, shares = (), ()
+    for scale in tl.static_range(SCALES):
+        gradients += (tl.load(made.utility_gradients + line * SHAPE.branches + scale, mask=inside, other=0.0),)
+        shares += (tl.load(made.shares + line * SHAPE.branches + scale, mask=inside, other=0.0),)
+    return raw, grads, document, norm, gradients, shares
+
+
+@triton.jit
+def gradients_of_queries(grads, made, places, head, group, row, place, inside, SHAPE: tl.constexpr):
     """Of q normalised, times its gain, without utilities: in halves."""
     scaling: tl.constexpr = (2 * SHAPE.half) ** -0.5
-    at = made.turned_grads + (head.to(tl.int64) * places.rows + row) * (2 * SHAPE.half)
-    first, second = load_halves(at, tl.arange(0, SHAPE.half), inside, SHAPE.half)
-    first, second = turned_back(first, second, place, places, len(SHAPE.windows) - 1, SHAPE)
+    first, second = turned_back(grads[0], grads[1], place, places, len(SHAPE.windows) - 1, SHAPE)
     if SHAPE.blocks > 0:
         opened = opened_halves(made.opened, head, group, row, inside, places, SHAPE)
         more_first, more_second = turned_back(opened[0], opened[1], place, places, SHAPE.to_scale, SHAPE)
@@ -122,28 +138,52 @@ def gradients_of_queries(made, places, head, group, row, place, inside, SHAPE: t
 
 
 @triton.jit
-def utility_gradients(made, places, head, group, row, inside, SHAPE: tl.constexpr, GIVEN: tl.constexpr):
-    """Gradient of every scale's utility, of every row: a tuple; that of the opened keys' utility is stored too.
+def utility_gradients(gradients, shares, SHAPE: tl.constexpr, GIVEN: tl.constexpr):
+    """Gradient of every branch's utility, of every row: a tuple.
 
     Where one output is made of all scales, a change of all utilities alike changes nothing: what rounding left in that
     direction is taken out, and where scales are apart <dO, out>, which are found as w_l delta_l.
     """
     BRANCHES: tl.constexpr = SHAPE.branches
-    at = (head.to(tl.int64) * places.rows + row) * BRANCHES
-    if SHAPE.blocks > 0:
-        opened_utilities(made, head, group, row, inside, at + BRANCHES - 1, places, SHAPE)
-        tl.debug_barrier()  # what one thread wrote, others read
-    total, gradients, found = tl.zeros([row.shape[0]], tl.float32), (), ()
+    total, found = tl.zeros_like(gradients[0]), ()
     for branch in tl.static_range(BRANCHES):
-        gradient = tl.load(made.utility_gradients + at + branch, mask=inside, other=0.0)
-        total += gradient
-        gradients += (gradient,)
+        total += gradients[branch]
     for branch in tl.static_range(BRANCHES):
-        gradient = gradients[branch]
-        if not GIVEN:
-            gradient -= tl.load(made.shares + at + branch, mask=inside, other=0.0) * total
-        found += (gradient,)
+        found += (gradients[branch] if GIVEN else gradients[branch] - shares[branch] * total,)
     return found
+
+
+@triton.jit
+def add_learned(of_rho, of_beta, gradients, normal, SHAPE: tl.constexpr):
+    """What these rows add to the gradients of every branch's rho, in halves, and beta."""
+    BRANCHES: tl.constexpr = SHAPE.branches
+    more_rho, more_beta = (), ()
+    for branch in tl.static_range(BRANCHES):
+        gradient = gradients[branch][:, None]
+        more_rho += ((of_rho[branch][0] + gradient * normal[0], of_rho[branch][1] + gradient * normal[1]),)
+        more_beta += (of_beta[branch] + gradients[branch],)
+    return more_rho, more_beta
+
+
+@triton.jit
+def through_utilities(first, second, gradients, queries, head, SHAPE: tl.constexpr):
+    """Adds what utilities ask of q normalised, times its gain."""
+    HALF: tl.constexpr = SHAPE.half
+    BRANCHES: tl.constexpr = SHAPE.branches
+    channel = tl.arange(0, HALF)
+    for branch in tl.static_range(BRANCHES):
+        gradient, rho = gradients[branch][:, None], queries.rho + branch * queries.n * 2 * HALF
+        first += gradient * of_heads(rho, head, channel, 2 * HALF, 1)
+        second += gradient * of_heads(rho, head, channel + HALF, 2 * HALF, 1)
+    return first, second
+
+
+@triton.jit
+def store_queries(to, first, second, start, row, head, inside, HALF: tl.constexpr):
+    at = at_lines(to, start, row, head, tl.arange(0, HALF))
+    stored = to.tensor.dtype.element_ty
+    tl.store(at, first.to(stored), mask=inside[:, None])
+    tl.store(at + HALF, second.to(stored), mask=inside[:, None])
 
 
 @triton.jit
@@ -171,33 +211,30 @@ def end_kernel(
     gain = of_heads(queries.gain, head, channel, 2 * HALF, 1), of_heads(queries.gain, head, channel + HALF, 2 * HALF, 1)
     of_gain, of_rho = (none, none), ((none, none),) * BRANCHES
     of_beta = (tl.zeros([STEP], tl.float32),) * BRANCHES
-    for first_row in tl.range(0, ROWS, STEP):
-        start = tl.program_id(0) * ROWS + first_row
+    first_row = tl.program_id(0) * ROWS
+    following = load_step(queries, places, made, first_row, head, True, SHAPE, STEP)
+    for step in tl.range(0, ROWS, STEP):
+        start = first_row + step
         row = start + tl.arange(0, STEP)
         inside = row < places.rows
-        place = row - tl.load(places.document_start + row, mask=inside, other=0).to(tl.int32)
-        norm = tl.load(made.norms + head * places.rows + row, mask=inside, other=0.0)[:, None]
-        raw = load_queries(queries, start, row, head, inside, HALF)
+        raw, grads, document, norm, of_utilities, shares = following
+        following = load_step(queries, places, made, start + STEP, head, step + STEP < ROWS, SHAPE, STEP)
+        norm = norm[:, None]
         normal = raw[0].to(tl.float32) * norm, raw[1].to(tl.float32) * norm
-        first, second = gradients_of_queries(made, places, head, group, row, place, inside, SHAPE)
+        first, second = gradients_of_queries(grads, made, places, head, group, row, row - document, inside, SHAPE)
         if SHAPE.utilities:
-            more_rho, more_beta = (), ()
-            gradients = utility_gradients(made, places, head, group, row, inside, SHAPE, GIVEN)
-            for branch in tl.static_range(BRANCHES):
-                more_beta += (of_beta[branch] + gradients[branch],)
-                of_utility, rho = gradients[branch][:, None], queries.rho + branch * queries.n * 2 * HALF
-                first += of_utility * of_heads(rho, head, channel, 2 * HALF, 1)
-                second += of_utility * of_heads(rho, head, channel + HALF, 2 * HALF, 1)
-                sums = of_rho[branch][0] + of_utility * normal[0], of_rho[branch][1] + of_utility * normal[1]
-                more_rho += (sums,)
-            of_rho, of_beta = more_rho, more_beta
+            if SHAPE.blocks > 0:
+                of_opened, share = opened_utilities(made.opened, head, group, row, inside, places, SHAPE)
+                of_utilities += (of_opened,)
+                shares += (share,)
+            gradients = utility_gradients(of_utilities, shares, SHAPE, GIVEN)
+            of_rho, of_beta = add_learned(of_rho, of_beta, gradients, normal, SHAPE)
+            first, second = through_utilities(first, second, gradients, queries, head, SHAPE)
         of_gain = of_gain[0] + first * normal[0], of_gain[1] + second * normal[1]
         first, second = first * gain[0], second * gain[1]
         along = (tl.sum(first * normal[0], 1) + tl.sum(second * normal[1], 1))[:, None] / (2 * HALF)
-        to = at_lines(made.grad_q, start, row, head, channel)
-        stored = made.grad_q.tensor.dtype.element_ty
-        tl.store(to, ((first - normal[0] * along) * norm).to(stored), mask=inside[:, None])
-        tl.store(to + HALF, ((second - normal[1] * along) * norm).to(stored), mask=inside[:, None])
+        first, second = (first - normal[0] * along) * norm, (second - normal[1] * along) * norm
+        store_queries(made.grad_q, first, second, start, row, head, inside, HALF)
     store_sums(made, queries, of_gain, 0, SHAPE)
     for branch in tl.static_range(BRANCHES):
         store_sums(made, queries, of_rho[branch], 1 + branch, SHAPE)
