@@ -39,7 +39,7 @@ from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_ends import begin_kernel, end_kernel
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
-from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
+from maha_megatron.attention.triton_launch import Launch, compiled, lined_up, run_in_turn
 from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
 
@@ -330,8 +330,7 @@ class Call:
         """Writes the latter four; `sums`: as `_learned_gradients` takes them."""
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
-        for launch in self.query_gradients(keys, out, lse, own_lse, grad_out, found):
-            launch.run()
+        run_in_turn(self.query_gradients(keys, out, lse, own_lse, grad_out, found))
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
     def _through_keys(

@@ -17,7 +17,7 @@ from maha_megatron.attention.scale_attention.triton_arguments import QueryGradie
 from maha_megatron.attention.scale_attention.triton_query_ends import begin_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_forward import attend_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_query_gradient import scales_query_gradient_kernel
-from maha_megatron.attention.triton_launch import Launch
+from maha_megatron.attention.triton_launch import Launch, run_in_turn
 
 
 class Given(NamedTuple):
@@ -88,6 +88,5 @@ class Call(joint.Call):
         """Writes the latter four."""
         keys = self.prepared_keys()
         found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
-        for launch in self.query_gradients(keys, given, found):
-            launch.run()
+        run_in_turn(self.query_gradients(keys, given, found))
         self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values, sums)
