@@ -1,7 +1,6 @@
 """One launch of a kernel as data, which is run, or compiled without a device; and what every kernel asks of tensors."""
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +22,6 @@ class Launch:
         """On the device of the tensors: Triton takes the current one, which may be another."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.options)
-
-
-def run_in_turn(launches: Iterable[Launch]) -> None:
-    """One after the other; what they were given, and nobody else holds, is free then."""
-    for launch in launches:
-        launch.run()
 
 
 def unserved_heads(width: int, dtype: torch.dtype) -> str | None:

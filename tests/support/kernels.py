@@ -103,8 +103,9 @@ def without_groups(tuning: Tuning) -> Tuning:
     return dataclasses.replace(tuning, groups=None, key_groups=None, query_groups=None)
 
 
-def _by_groups(name: str, found: list[Launch]) -> dict[str, Launch]:
+def _by_groups(name: str, launched: tuple[list[Launch], object]) -> dict[str, Launch]:
     """What takes the place of the launch `name` where the table has warp groups: nothing where it has none."""
+    found, _ = launched
     parts = {
         f"{name}, begun": found[0],
         f"{name}, as the table has it": found[len(found) // 2],
@@ -158,7 +159,7 @@ def launches(
             "preparation": call.preparation(keys),
             "attention": in_portable.attention(keys, q, lse, None, None),
             "attention, as the table has it": call.attention(keys, q, lse, None, None),
-            "query gradients": in_portable.query_gradients(keys, q, lse, None, q, found)[0],
+            "query gradients": in_portable.query_gradients(keys, q, lse, None, q, found)[0][0],
             **_by_groups("query gradients", call.query_gradients(keys, q, lse, None, q, found)),
             "key gradients": in_portable.key_gradients(keys, q, found, made),
             "key gradients, as the table has it": call.key_gradients(keys, q, found, made),
@@ -207,7 +208,7 @@ def refined_launches(
         "opened keys joined": call.joining(lists.chosen, outputs, q, lse, lse),
         "opened keys' gradients": call.opened_gradients(opening, keys, lists, q, of_queries, of_keys),
         "runs added": call.added_runs(lists, of_keys),
-        "query gradients, refined": in_portable.query_gradients(keys, q, lse, None, q, found)[0],
+        "query gradients, refined": in_portable.query_gradients(keys, q, lse, None, q, found)[0][0],
         **_by_groups("query gradients, refined", call.query_gradients(keys, q, lse, None, q, found)),
         "key gradients, refined": call.key_gradients(keys, q, found, made),
     }
@@ -263,7 +264,7 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     return {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
         "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
-        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales)[0],
+        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales)[0][0],
         **_by_groups(
             "query gradients, scale by scale",
             single_by_groups.query_gradients(keys, given, single_by_groups.found_by_query_gradients(given)),
@@ -274,7 +275,7 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
         ),
         "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
         "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
-        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed)[0],
+        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed)[0][0],
         **_by_groups(
             "query gradients, weighed", weighed_by_groups.query_gradients(keys, q, lse, own_lse, q, of_weighed)
         ),
@@ -360,11 +361,11 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         for_queries, for_keys = call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True))
         if kind is each:
             of_rows = triton_scales.Given(outs, of_scales, outs, of_scales, of_scales if with_weights else None)
-            found[f"{name}, queries' gradients"] = call.query_gradients(keys, of_rows, for_queries)[1]
+            found[f"{name}, queries' gradients"] = call.query_gradients(keys, of_rows, for_queries)[0][1]
         else:
             own_lse = empty(n, len(windows), rows) if kind is weighed else None
             backward = call.query_gradients(keys, q, empty(n, rows), own_lse, q, for_queries)
-            found[f"{name}, queries' gradients"] = backward[1]
+            found[f"{name}, queries' gradients"] = backward[0][1]
         if unit == "token":
             continue  # of keys' gradients, where one turn moves an offset alone, the table's sizes have to do
         found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, for_queries, for_keys)

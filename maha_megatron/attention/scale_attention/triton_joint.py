@@ -14,7 +14,7 @@ prepared keys, are those of a few groups. Every sum has a fixed order, so result
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -39,7 +39,7 @@ from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
 from maha_megatron.attention.scale_attention.triton_query_ends import begin_kernel, end_kernel
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
-from maha_megatron.attention.triton_launch import Launch, compiled, lined_up, run_in_turn
+from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
 from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
 
@@ -157,52 +157,45 @@ class Call:
         self.attention(self.prepared_keys(), out, lse, scale_lse, own_lse).run()
         return out, lse, scale_lse, own_lse
 
-    def query_gradients(self, keys, out, lse, own_lse, grad_out, made: QueryGradients) -> list[Launch]:
-        """One kernel, or three, one after the other."""
+    def query_gradients(
+        self, keys, out, lse, own_lse, grad_out, made: QueryGradients
+    ) -> tuple[list[Launch], QueryGradients]:
+        """One kernel, or three, one after the other; and what they write."""
         queries, places, grads = self._queries(), self._places(), self.rows_of(grad_out)
         by_groups = self._query_gradients_by_groups(keys, grad_out, own_lse, made)
         if by_groups is not None:
-            made, middle, end = by_groups
-            tensors = (queries, places, self.rows_of(out), lse, own_lse, grads, made)
-            return [self._by_rows(begin_kernel, self._begin_tiles, *tensors), middle, end]
-        tensors = (queries, self._keys(keys), places, self.rows_of(out), lse, own_lse, grads, made)
+            begin, rest, made = by_groups
+            given = (queries, places, self.rows_of(out), lse, own_lse, grads, made)
+            return [self._by_rows(begin_kernel, begin, *given), *rest], made
+        given = (queries, self._keys(keys), places, self.rows_of(out), lse, own_lse, grads, made)
         tiles = self.tuning.query_gradient
-        return [self._by_rows(query_gradient_kernel, tiles, *tensors, KEYS=tiles.keys)]
+        return [self._by_rows(query_gradient_kernel, tiles, *given, KEYS=tiles.keys)], made
 
     def _by_rows(self, kernel, tiles: Tiles, *tensors, **sizes: int) -> Launch:
         sizes |= {"ROWS": tiles.rows, "HEADS": tiles.heads}
         return self._launch(kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
-    @property
-    def _begin_tiles(self) -> Tiles:
-        """Of what comes before the queries' gradients by warp groups."""
-        return Tiles(rows=self.tuning.query_groups.begin_rows, stages=1)
-
     def _query_gradients_by_groups(
         self, keys, grad_out, own_lse, made: QueryGradients
-    ) -> tuple[QueryGradients, Launch, Launch] | None:
-        """By warp groups: what is written, the kernel that asks keys, and what follows it; before it comes one more.
+    ) -> tuple[Tiles, list[Launch], QueryGradients] | None:
+        """By warp groups: tiles of the first kernel, the two that follow it, and what they write.
 
         None where they do not serve the call.
         """
-        by_groups, tiles, rows = (
-            _by_groups_if(self.tuning.query_groups),
-            self.tuning.query_groups,
-            self._as_heads(grad_out),
-        )
+        by_groups, tiles = _by_groups_if(self.tuning.query_groups), self.tuning.query_groups
+        rows = self._as_heads(grad_out)
         if by_groups is None or by_groups.unserved(rows, self.values) is not None:
             return None
         queries, places, of_keys = self._queries(), self._places(), self._keys(keys)
-        made = made._replace(turned_grads=self._empty(self.n, self.rows, self.d))
-        arguments = {"queries": queries, "keys": of_keys, "places": places, "own_lse": own_lse, "found": made}
-        arguments |= {"grad_out": self.rows_of(grad_out), "SHAPE": self._shape()}
-        end = Tiles(rows=self.tuning.query_gradient.rows, stages=1)
+        begin, end = (Tiles(rows=count, stages=1) for count in (tiles.begin_rows, tiles.end_rows))
+        parts = self._empty(self._row_grid(end)[0], self.n, self._learned_kinds(), self.d)
+        made = made._replace(learned_parts=parts)
+        inside = made._replace(turned_grads=self._empty(self.n, self.rows, self.d))
+        given = {"queries": queries, "keys": of_keys, "places": places, "own_lse": own_lse, "found": inside}
+        given |= {"grad_out": self.rows_of(grad_out), "SHAPE": self._shape()}
         sizes = {"ROWS": end.rows, "STEP": min(_NUMBERS_OF_STEP // self.d, end.rows), "GIVEN": self.each}
-        return (
-            made,
-            by_groups.launch_query_gradients(arguments, keys, rows, self.values, tiles, self.each),
-            self._launch(end_kernel, self._row_grid(end), end, queries, places, made, **sizes),
-        )
+        ask = by_groups.launch_query_gradients(given, keys, rows, self.values, tiles, self.each)
+        return begin, [ask, self._launch(end_kernel, self._row_grid(end), end, queries, places, inside, **sizes)], made
 
     def _as_heads(self, outputs: torch.Tensor) -> torch.Tensor:
         """Outputs or their gradients [rows, heads, d]; a head and scale is a head of its own where each has an output.
@@ -330,7 +323,7 @@ class Call:
         """Writes the latter four; `sums`: as `_learned_gradients` takes them."""
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
-        run_in_turn(self.query_gradients(keys, out, lse, own_lse, grad_out, found))
+        found = written(*self.query_gradients(keys, out, lse, own_lse, grad_out, found))
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
     def _through_keys(
@@ -381,6 +374,13 @@ def _gluon_launch() -> ModuleType | None:
         )
         return None
     return gluon_launch
+
+
+def written(launches: Iterable[Launch], found: QueryGradients) -> QueryGradients:
+    """What launches write, which run one after the other; what else they were given is free then."""
+    for launch in launches:
+        launch.run()
+    return found
 
 
 def of_rows(x: torch.Tensor) -> Rows:

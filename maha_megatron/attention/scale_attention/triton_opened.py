@@ -32,7 +32,7 @@ from maha_megatron.attention.scale_attention.triton_opened_forward import (
 )
 from maha_megatron.attention.scale_attention.triton_opened_gradient import add_runs_kernel, opened_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
-from maha_megatron.attention.triton_launch import Launch, lined_up, run_in_turn
+from maha_megatron.attention.triton_launch import Launch, lined_up
 from maha_megatron.scales import stride
 
 _ROWS = Tiles(rows=32)
@@ -164,7 +164,7 @@ class Call(joint.Call):
         self.opened_gradients(opening, keys, lists, grad_out, of_queries, of_keys).run()
         self.added_runs(lists, of_keys).run()
         found = self.made_by_query_gradients()._replace(grad_q=joint.of_rows(grad_q), opened=of_queries)
-        run_in_turn(self.query_gradients(keys, out, lse, None, grad_out, found))
+        found = joint.written(*self.query_gradients(keys, out, lse, None, grad_out, found))
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums, of_keys)
 
 

@@ -63,11 +63,12 @@ class QueryGroupTiles(GroupTiles):
     At most 3 stages of 128 channels are left beside two buffers of queries and of dO.
 
     Args:
-        begin_rows: of a tile of the kernel before; the one after has those of `query_gradient`.
+        begin_rows, end_rows: of a tile of the kernel before, and of the one after, which sums up what each is to learn.
     """
 
     stages: int = 3
     begin_rows: int = 32
+    end_rows: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +116,13 @@ def numbers_of(tuning: Tuning) -> list[int]:
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
     of_groups = [0, 0] if tuning.groups is None else [tuning.groups.heads, tuning.groups.stages]
     of_keys = 0 if tuning.key_groups is None else tuning.key_groups.stages
-    of_queries = [0] * 3 if tuning.query_groups is None else [*dataclasses.astuple(tuning.query_groups)]
+    of_queries = [0] * 4 if tuning.query_groups is None else [*dataclasses.astuple(tuning.query_groups)]
     return [*numbers, tuning.run, tuning.span, tuning.programs, *of_groups, of_keys, *of_queries]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
-    *of_tiles, run, span, programs = numbers[:-6]
-    heads_of_groups, stages_of_groups, stages_of_keys, *of_queries = numbers[-6:]
+    *of_tiles, run, span, programs = numbers[:-7]
+    heads_of_groups, stages_of_groups, stages_of_keys, *of_queries = numbers[-7:]
     kernels = []
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]

@@ -21,7 +21,7 @@ from tests.support.attention import Case, leaves, wrong
 from tests.unit.attention.test_triton import GAME, SHORT, exact, run, spec, tuning
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-TUNING = dataclasses.replace(tuning(2), query_groups=QueryGroupTiles(begin_rows=16))
+TUNING = dataclasses.replace(tuning(2), query_groups=QueryGroupTiles(begin_rows=16, end_rows=64))
 REFINED = spec(2, (4, 3, 9), refine=Refinement(from_scale=2, to_scale=1, blocks=2))
 CASES = {
     "one softmax": Case(lengths=SHORT, n=4, g=2, d=32, spec=spec()),
