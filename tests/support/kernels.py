@@ -98,22 +98,6 @@ def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
-def without_groups(tuning: Tuning) -> Tuning:
-    """With the portable kernels alone."""
-    return dataclasses.replace(tuning, groups=None, key_groups=None, query_groups=None)
-
-
-def _by_groups(name: str, launched: tuple[list[Launch], object]) -> dict[str, Launch]:
-    """What takes the place of the launch `name` where the table has warp groups: nothing where it has none."""
-    found, _ = launched
-    parts = {
-        f"{name}, begun": found[0],
-        f"{name}, as the table has it": found[len(found) // 2],
-        f"{name}, ended": found[-1],
-    }
-    return parts if len(found) == 3 else {}
-
-
 def launches(
     width: int, dtype: torch.dtype, tuning: Tuning, *, n: int = 16, g: int = 16, rope_unit: str = "block"
 ) -> dict[str, Launch]:
@@ -127,7 +111,7 @@ def launches(
     levels = list(zip(level_keys, level_values, strict=True))
     learned = (empty(n, width), empty(g, width), empty(len(windows), n, width), empty(len(windows), n))
     of_call = (q, *learned, start, spec, (0,) * len(windows))
-    portable = without_groups(tuning)
+    portable = dataclasses.replace(tuning, groups=None, key_groups=None)
     call, in_portable = (triton_joint.Call(*of_call, tiles, levels) for tiles in (tuning, portable))
     keys, lse, found = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), call.made_by_query_gradients()
     made = call.made_by_key_gradients(level_keys, level_values)
@@ -159,8 +143,7 @@ def launches(
             "preparation": call.preparation(keys),
             "attention": in_portable.attention(keys, q, lse, None, None),
             "attention, as the table has it": call.attention(keys, q, lse, None, None),
-            "query gradients": in_portable.query_gradients(keys, q, lse, None, q, found)[0][0],
-            **_by_groups("query gradients", call.query_gradients(keys, q, lse, None, q, found)),
+            "query gradients": call.query_gradients(keys, q, lse, None, q, found),
             "key gradients": in_portable.key_gradients(keys, q, found, made),
             "key gradients, as the table has it": call.key_gradients(keys, q, found, made),
             "key gradients, parts added": call.added_parts(made),
@@ -191,8 +174,7 @@ def refined_launches(
     counts = [slot_count(rows, stride(ratio, scale)) for scale in range(spec.scales)]
     levels = [tuple(empty(count, g, width, kind=dtype) for _ in range(2)) for count in counts]
     learned = (empty(n, width), empty(g, width), empty(spec.branches, n, width), empty(spec.branches, n))
-    of_call = (q, *learned, start, spec, (0, 0, 0))
-    call, in_portable = (triton_opened.Call(*of_call, tiles, levels) for tiles in (tuning, without_groups(tuning)))
+    call = triton_opened.Call(q, *learned, start, spec, (0, 0, 0), tuning, levels)
     keys, lse, chosen = empty(g, sum(call.entries), width, kind=dtype), empty(n, rows), empty(g, rows, blocks)
     choices = (empty(g, rows * blocks, kind=torch.int32), empty(g, rows * blocks, kind=torch.int64))
     lists = Lists(chosen.to(torch.int32), *choices, rows * blocks, call.entries[2] + 1)
@@ -208,8 +190,7 @@ def refined_launches(
         "opened keys joined": call.joining(lists.chosen, outputs, q, lse, lse),
         "opened keys' gradients": call.opened_gradients(opening, keys, lists, q, of_queries, of_keys),
         "runs added": call.added_runs(lists, of_keys),
-        "query gradients, refined": in_portable.query_gradients(keys, q, lse, None, q, found)[0][0],
-        **_by_groups("query gradients, refined", call.query_gradients(keys, q, lse, None, q, found)),
+        "query gradients, refined": call.query_gradients(keys, q, lse, None, q, found),
         "key gradients, refined": call.key_gradients(keys, q, found, made),
     }
 
@@ -232,10 +213,6 @@ _IN_TOKENS = (
     "query gradients, weighed",
     "query gradients, scale by scale",
     "query gradients, refined",
-    "query gradients, as the table has it",
-    "query gradients, weighed, as the table has it",
-    "query gradients, scale by scale, as the table has it",
-    "query gradients, refined, as the table has it",
     "key gradients",
     "key gradients, as the table has it",
 )
@@ -246,12 +223,12 @@ def launches_in_tokens(width: int, dtype: torch.dtype, tuning: Tuning) -> dict[s
     found = launches(width, dtype, tuning, rope_unit="token") | refined_launches(
         width, dtype, tuning, rope_unit="token"
     )
-    return {f"in tokens: {name}": found[name] for name in _IN_TOKENS if name in found}
+    return {f"in tokens: {name}": found[name] for name in _IN_TOKENS}
 
 
 def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     """Launches of calls whose scales have a softmax each."""
-    q, portable = of_call[0], without_groups(tuning)
+    q, portable = of_call[0], dataclasses.replace(tuning, groups=None, key_groups=None)
     kinds = (triton_scales.Call, triton_joint.WeighedCall)
     single, weighed = (kind(*of_call, portable, levels) for kind in kinds)
     single_by_groups, weighed_by_groups = (kind(*of_call, tuning, levels) for kind in kinds)
@@ -264,21 +241,14 @@ def _apart(of_call: tuple, tuning: Tuning, levels: list) -> dict[str, Launch]:
     return {
         "attention, scale by scale": single.attention(keys, outs, lses, lses),
         "attention, scale by scale, as the table has it": single_by_groups.attention(keys, outs, lses, lses),
-        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales)[0][0],
-        **_by_groups(
-            "query gradients, scale by scale",
-            single_by_groups.query_gradients(keys, given, single_by_groups.found_by_query_gradients(given)),
-        ),
+        "query gradients, scale by scale": single.query_gradients(keys, given, of_scales),
         "key gradients, scale by scale": single.key_gradients(keys, outs, of_scales, made),
         "key gradients, scale by scale, as the table has it": single_by_groups.key_gradients(
             keys, outs, of_scales, made
         ),
         "attention, weighed": weighed.attention(keys, q, lse, None, own_lse),
         "attention, weighed, as the table has it": weighed_by_groups.attention(keys, q, lse, None, own_lse),
-        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed)[0][0],
-        **_by_groups(
-            "query gradients, weighed", weighed_by_groups.query_gradients(keys, q, lse, own_lse, q, of_weighed)
-        ),
+        "query gradients, weighed": weighed.query_gradients(keys, q, lse, own_lse, q, of_weighed),
         "key gradients, weighed": weighed.key_gradients(keys, q, of_weighed, made),
         "key gradients, weighed, as the table has it": weighed_by_groups.key_gradients(keys, q, of_weighed, made),
     }
@@ -358,17 +328,10 @@ def warp_group_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         else:
             given += (empty(n, len(windows), rows) if kind is weighed else None,)
         found[name] = call.attention(*given)
-        for_queries, for_keys = call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True))
-        if kind is each:
-            of_rows = triton_scales.Given(outs, of_scales, outs, of_scales, of_scales if with_weights else None)
-            found[f"{name}, queries' gradients"] = call.query_gradients(keys, of_rows, for_queries)[0][1]
-        else:
-            own_lse = empty(n, len(windows), rows) if kind is weighed else None
-            backward = call.query_gradients(keys, q, empty(n, rows), own_lse, q, for_queries)
-            found[f"{name}, queries' gradients"] = backward[0][1]
         if unit == "token":
             continue  # of keys' gradients, where one turn moves an offset alone, the table's sizes have to do
-        found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, for_queries, for_keys)
+        for_keys = (call.made_by_query_gradients(), call.made_by_key_gradients(*zip(*levels, strict=True)))
+        found[f"{name}, keys' gradients"] = call.key_gradients(keys, outs, *for_keys)
     assert all(launch.kernel.is_gluon() for launch in found.values())
     return found
 

@@ -1,6 +1,4 @@
-"""Launches of the kernels of warp groups (gluon_forward.py, gluon_query_gradient.py, gluon_key_gradient.py), and which
-calls they serve.
-"""
+"""Launches of the kernels of warp groups (gluon_forward.py, gluon_key_gradient.py), and which calls they serve."""
 
 import functools
 import math
@@ -13,10 +11,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from maha_megatron.attention.scale_attention.gluon_forward import attend_by_groups_kernel
 from maha_megatron.attention.scale_attention.gluon_key_gradient import key_gradient_by_groups_kernel
 from maha_megatron.attention.scale_attention.gluon_loading import GROUP_ROWS, KEYS
-from maha_megatron.attention.scale_attention.gluon_query_gradient import query_gradient_by_groups_kernel
 from maha_megatron.attention.scale_attention.triton_arguments import GroupSizes, KeyGroupSizes
 from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS, ROWS
-from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, KeyGroupTiles, QueryGroupTiles
+from maha_megatron.attention.scale_attention.triton_tuning import GroupTiles, KeyGroupTiles
 from maha_megatron.attention.triton_launch import Launch
 from maha_megatron.scales import MAX_SCALES
 
@@ -79,27 +76,6 @@ def launch_key_gradients(
     sizes = KeyGroupSizes(stages=tiles.stages, shared=max(arguments["parts"]) > 1)
     of_kernel = described | arguments | {"works": works, "SIZES": sizes}
     return _launch(key_gradient_by_groups_kernel, works, of_kernel, grad_out.device)
-
-
-def launch_query_gradients(
-    arguments: dict[str, object], keys: torch.Tensor, grad_out: torch.Tensor, values, tiles: QueryGroupTiles, each: bool
-) -> Launch:
-    """With `arguments` as of query_gradient_by_groups_kernel: the prepared keys, dO and values once more.
-
-    grad_out: [rows, n, d]; with `each` [rows, n L, d], as every scale has an output of its own.
-    """
-    rows, _, width = grad_out.shape
-    n, turned = arguments["queries"].n, arguments["found"].turned
-    described = {
-        "turned_rows": _described(turned.view(-1, 1, width), GROUP_ROWS.value, width // 2),
-        "grad_rows": _described(grad_out, GROUP_ROWS.value, width),
-        "key_entries": _described(keys.view(-1, 1, width), KEYS.value, width // 2),
-        **_described_values(values, KEYS.value),
-    }
-    heads = math.gcd(tiles.heads, n // keys.shape[0])
-    sizes = GroupSizes(heads=heads, stages=tiles.stages, each=each)
-    works = -(-rows // sizes.rows) * (n // heads)
-    return _launch(query_gradient_by_groups_kernel, works, described | arguments | {"SIZES": sizes}, grad_out.device)
 
 
 def _launch(kernel, works: int, arguments: dict[str, object], device: torch.device) -> Launch:

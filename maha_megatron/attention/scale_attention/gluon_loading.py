@@ -123,23 +123,6 @@ def load_tile(
 
 
 @gluon.jit
-def load_scale(tile, start, ends, scale, group, keys, places, described, ring, SHAPE: gl.constexpr):
-    """The tiles of a scale that some row of a program sees, counted back from the last slot; the next tile's number."""
-    key_entries, values = described
-    key_buffers, value_buffers, barriers = ring
-    begin, end = visible_to_tile(start, ends, scale, SHAPE)
-    past = past_of(scale, SHAPE)
-    key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
-    channel = group * keys.raw_values.group_strides[scale]
-    of_scale, buffers = (key_entries, values[scale]), (key_buffers, value_buffers)
-    for i in range(gl.cdiv(end - begin, KEYS)):
-        at = end - (i + 1) * KEYS
-        load_tile(tile, of_scale, key_row + at, (past + at, channel), buffers, barriers, SHAPE.half)
-        tile += 1
-    return tile
-
-
-@gluon.jit
 def load(
     given,
     described,  # rows of queries, entries of keys, and of every scale entries of values
@@ -159,5 +142,12 @@ def load(
         group = head // queries.n_per_group
         start, ends = ends_of(start, places, SIZES.rows)
         for scale in gl.static_range(len(SHAPE.windows)):
-            ring = (buffers[1], buffers[2], barriers[1])
-            tile = load_scale(tile, start, ends, scale, group, keys, places, (key_entries, values), ring, SHAPE)
+            begin, end = visible_to_tile(start, ends, scale, SHAPE)
+            past = past_of(scale, SHAPE)
+            key_row = group * keys.total + entries_before(scale, places.rows, SHAPE) + past
+            channel = group * keys.raw_values.group_strides[scale]
+            of_scale, ring = (key_entries, values[scale]), ((buffers[1], buffers[2]), barriers[1])
+            for i in range(gl.cdiv(end - begin, KEYS)):
+                at = end - (i + 1) * KEYS
+                load_tile(tile, of_scale, key_row + at, (past + at, channel), *ring, SHAPE.half)
+                tile += 1

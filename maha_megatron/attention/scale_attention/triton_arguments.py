@@ -111,10 +111,9 @@ class QueryGradients(NamedTuple):
     grad_q [t, n, d]; delta [n, t], where scales are apart [n, L, t]; norms [n, t], 1 / root mean square of the raw
     queries; offsets [n, L, t], what is added to logits to make weights of them, in units of log 2; turned [n, L, t, d],
     queries times their gain, rotated for every scale, not normalised, with one turn [n, 1, t, d]; utility_gradients and
-    shares (the scale's part of the softmax) [n, t, L]. learned_parts [tiles, n, 1 + L + 1, d], sums over each tile of
+    shares (the scale's part of the softmax) [n, L, t]. learned_parts [tiles, n, 1 + L + 1, d], sums over each tile of
     rows: of the gain; with utilities of rho too, before the gain, and of beta in the first ones. The last three count
-    opened keys as one more scale. opened: of a refined layer, what was found before. turned_grads [n, t, d], where
-    several kernels take the first one's place: dq' in the last scale's angles, from one to the other.
+    opened keys as one more scale. opened: of a refined layer, what was found before.
     """
 
     grad_q: Rows
@@ -126,7 +125,6 @@ class QueryGradients(NamedTuple):
     shares: torch.Tensor
     learned_parts: torch.Tensor
     opened: OpenedQueries | None = None
-    turned_grads: torch.Tensor | None = None
 
 
 class KeyGradients(NamedTuple):

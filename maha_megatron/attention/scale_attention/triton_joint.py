@@ -4,8 +4,7 @@
     backward    prepare_keys -> query_gradient_kernel -> key_gradient_kernel (-> add_parts_kernel) -> add_up_kernel,
                 by a few KV groups
 
-On Hopper cards kernels by warp groups take the place of attend_kernel and key_gradient_kernel (gluon_launch.py), and of
-query_gradient_kernel, with one before and one after it (triton_query_ends.py).
+On Hopper cards kernels by warp groups take the place of attend_kernel and key_gradient_kernel (gluon_launch.py).
 
 Kept for backward: q, the levels, out, and one number per row and head; where utilities alone weigh the scales, one more
 for each scale. Backward's own buffers, turned queries (of every scale, or once where they turn alike for all) and
@@ -14,7 +13,7 @@ prepared keys, are those of a few groups. Every sum has a fixed order, so result
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -36,14 +35,12 @@ from maha_megatron.attention.scale_attention.triton_geometry import frequency_ta
 from maha_megatron.attention.scale_attention.triton_key_gradient import add_parts_kernel, key_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_key_work import GROUP_KEYS
 from maha_megatron.attention.scale_attention.triton_keys import prepare_keys
-from maha_megatron.attention.scale_attention.triton_query_ends import begin_kernel, end_kernel
 from maha_megatron.attention.scale_attention.triton_query_gradient import query_gradient_kernel
 from maha_megatron.attention.scale_attention.triton_tuning import Tiles
 from maha_megatron.attention.triton_launch import Launch, compiled, lined_up
 from maha_megatron.attention.triton_sums import adding_up
 from maha_megatron.scales import slot_count, stride
 
-_NUMBERS_OF_STEP = 1024  # that end_kernel goes over at a time: 8 a thread
 _GLUON_VERSIONS = ("3.6",)  # of Triton, that ran on a card: Gluon is experimental and may change with each
 _log = logging.getLogger(__name__)
 
@@ -144,7 +141,9 @@ class Call:
 
     def _portable(self, kernel, *tensors) -> Launch:
         """The forward by a kernel of rows, heads and keys."""
-        return self._by_rows(kernel, self.tuning.forward, *tensors, KEYS=self.tuning.forward.keys)
+        tiles = self.tuning.forward
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def forward(self, with_weights: bool) -> tuple[torch.Tensor | None, ...]:
         """Output [t, n, d], lse [n, t], scale_lse [t, n, L] if weights are asked for, else None, and own_lse [n, L, t]
@@ -157,52 +156,20 @@ class Call:
         self.attention(self.prepared_keys(), out, lse, scale_lse, own_lse).run()
         return out, lse, scale_lse, own_lse
 
-    def query_gradients(
-        self, keys, out, lse, own_lse, grad_out, made: QueryGradients
-    ) -> tuple[list[Launch], QueryGradients]:
-        """One kernel, or three, one after the other; and what they write."""
-        queries, places, grads = self._queries(), self._places(), self.rows_of(grad_out)
-        by_groups = self._query_gradients_by_groups(keys, grad_out, own_lse, made)
-        if by_groups is not None:
-            begin, rest, made = by_groups
-            given = (queries, places, self.rows_of(out), lse, own_lse, grads, made)
-            return [self._by_rows(begin_kernel, begin, *given), *rest], made
-        given = (queries, self._keys(keys), places, self.rows_of(out), lse, own_lse, grads, made)
+    def query_gradients(self, keys, out, lse, own_lse, grad_out, made: QueryGradients) -> Launch:
         tiles = self.tuning.query_gradient
-        return [self._by_rows(query_gradient_kernel, tiles, *given, KEYS=tiles.keys)], made
-
-    def _by_rows(self, kernel, tiles: Tiles, *tensors, **sizes: int) -> Launch:
-        sizes |= {"ROWS": tiles.rows, "HEADS": tiles.heads}
-        return self._launch(kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
-
-    def _query_gradients_by_groups(
-        self, keys, grad_out, own_lse, made: QueryGradients
-    ) -> tuple[Tiles, list[Launch], QueryGradients] | None:
-        """By warp groups: tiles of the first kernel, the two that follow it, and what they write.
-
-        None where they do not serve the call.
-        """
-        by_groups, tiles = _by_groups_if(self.tuning.query_groups), self.tuning.query_groups
-        rows = self._as_heads(grad_out)
-        if by_groups is None or by_groups.unserved(rows, self.values) is not None:
-            return None
-        queries, places, of_keys = self._queries(), self._places(), self._keys(keys)
-        begin, end = (Tiles(rows=count, stages=1) for count in (tiles.begin_rows, tiles.end_rows))
-        parts = self._empty(self._row_grid(end)[0], self.n, self._learned_kinds(), self.d)
-        made = made._replace(learned_parts=parts)
-        inside = made._replace(turned_grads=self._empty(self.n, self.rows, self.d))
-        given = {"queries": queries, "keys": of_keys, "places": places, "own_lse": own_lse, "found": inside}
-        given |= {"grad_out": self.rows_of(grad_out), "SHAPE": self._shape()}
-        sizes = {"ROWS": end.rows, "STEP": min(_NUMBERS_OF_STEP // self.d, end.rows), "GIVEN": self.each}
-        ask = by_groups.launch_query_gradients(given, keys, rows, self.values, tiles, self.each)
-        return begin, [ask, self._launch(end_kernel, self._row_grid(end), end, queries, places, inside, **sizes)], made
-
-    def _as_heads(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Outputs or their gradients [rows, heads, d]; a head and scale is a head of its own where each has an output.
-
-        Those lie side by side, so nothing is copied.
-        """
-        return outputs.view(self.rows, -1, self.d) if self.each else outputs
+        tensors = (
+            self._queries(),
+            self._keys(keys),
+            self._places(),
+            self.rows_of(out),
+            lse,
+            own_lse,
+            self.rows_of(grad_out),
+            made,
+        )
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def key_gradients(self, keys, grad_out, found: QueryGradients, made: KeyGradients) -> Launch:
         tiles, parts = self.tuning.key_gradient, self._parts()
@@ -224,7 +191,7 @@ class Call:
         by_groups, tiles = _by_groups_if(self.tuning.key_groups), self.tuning.key_gradient
         if by_groups is None or self.spec.refine is not None or tiles.keys != GROUP_KEYS.value:
             return None
-        rows = self._as_heads(grad_out)
+        rows = grad_out.flatten(1, -2)
         if by_groups.unserved(rows, self.values) is not None:
             return None
         arguments = dict(zip(key_gradient_kernel.arg_names, (*tensors, self._shape()), strict=False))
@@ -257,8 +224,8 @@ class Call:
             norms=self._empty(n, self.rows),
             offsets=self._empty(n, scales, self.rows),
             turned=self._empty(n, 1 if self._one_turn else scales, self.rows, width, dtype=dtype),
-            utility_gradients=self._empty(n * with_utilities, self.rows, branches),
-            shares=self._empty(n * with_utilities, self.rows, branches),
+            utility_gradients=self._empty(n * with_utilities, branches, self.rows),
+            shares=self._empty(n * with_utilities, branches, self.rows),
             learned_parts=self._empty(tiles, n, self._learned_kinds(), width),
         )
 
@@ -323,7 +290,7 @@ class Call:
         """Writes the latter four; `sums`: as `_learned_gradients` takes them."""
         keys = self.prepared_keys()
         found = self.made_by_query_gradients()._replace(grad_q=of_rows(grad_q))
-        found = written(*self.query_gradients(keys, out, lse, own_lse, grad_out, found))
+        self.query_gradients(keys, out, lse, own_lse, grad_out, found).run()
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums)
 
     def _through_keys(
@@ -374,13 +341,6 @@ def _gluon_launch() -> ModuleType | None:
         )
         return None
     return gluon_launch
-
-
-def written(launches: Iterable[Launch], found: QueryGradients) -> QueryGradients:
-    """What launches write, which run one after the other; what else they were given is free then."""
-    for launch in launches:
-        launch.run()
-    return found
 
 
 def of_rows(x: torch.Tensor) -> Rows:

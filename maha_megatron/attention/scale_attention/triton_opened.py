@@ -164,7 +164,7 @@ class Call(joint.Call):
         self.opened_gradients(opening, keys, lists, grad_out, of_queries, of_keys).run()
         self.added_runs(lists, of_keys).run()
         found = self.made_by_query_gradients()._replace(grad_q=joint.of_rows(grad_q), opened=of_queries)
-        found = joint.written(*self.query_gradients(keys, out, lse, None, grad_out, found))
+        self.query_gradients(keys, out, lse, None, grad_out, found).run()
         self._through_keys(keys, grad_out, found, grad_keys, grad_values, sums, of_keys)
 
 

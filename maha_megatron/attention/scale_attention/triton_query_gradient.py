@@ -134,8 +134,8 @@ def utility_gradients(made, total, places, row, SHAPE: tl.constexpr, ROWS: tl.co
     scale, head = of_columns(HEADS)
     own = (tl.arange(0, HEADS * ROWS) // ROWS)[:, None] == head[None, :]
     own = own & (scale < SCALES)[None, :] & (row < places.rows)[:, None]
-    first = (tl.program_id(1) * HEADS).to(tl.int64) * places.rows * SCALES
-    at = first + row[:, None] * SCALES + scale[None, :] + (head * (places.rows * SCALES))[None, :]
+    first = (tl.program_id(1) * HEADS * SCALES).to(tl.int64) * places.rows
+    at = first + (head * SCALES + scale)[None, :] * places.rows + row[:, None]
     gradient = tl.load(made.utility_gradients + at, mask=own, other=0.0)
     return gradient - tl.load(made.shares + at, mask=own, other=0.0) * total[:, None]
 
@@ -288,23 +288,19 @@ def add_query_gradient(
 
 
 @triton.jit
-def opened_utilities(opened, head, group, row, inside, places, SHAPE: tl.constexpr):
-    """Of every line, the gradient of the opened keys' utility, and their part of the softmax."""
-    gradient, share = tl.zeros([row.shape[0]], tl.float32), tl.zeros([row.shape[0]], tl.float32)
+def opened_utilities(made, head, group, row, inside, at_branch, places, SHAPE: tl.constexpr):
+    """Of every line, the gradient of the opened keys' utility, which is stored, as is their part of the softmax."""
+    opened = made.opened
+    total, weight = tl.zeros([row.shape[0]], tl.float32), tl.zeros([row.shape[0]], tl.float32)
     of_group, of_head = (group * places.rows).to(tl.int64) + row, (head * places.rows).to(tl.int64) + row
     for place in tl.range(0, SHAPE.blocks):
         chosen = tl.load(opened.chosen + of_group * SHAPE.blocks + place, mask=inside, other=-1)
         at = of_head * SHAPE.blocks + place
-        gradient += tl.load(opened.utility_gradients + at, mask=chosen >= 0, other=0.0)
-        share += tl.load(opened.shares + at, mask=chosen >= 0, other=0.0)
-    return gradient, share
-
-
-@triton.jit
-def store_utility(made, at, gradient, share, inside):
-    """Of every line, the gradient of a branch's utility, and its part of the softmax."""
-    tl.store(made.utility_gradients + at, gradient, mask=inside)
-    tl.store(made.shares + at, share, mask=inside)
+        total += tl.load(opened.utility_gradients + at, mask=chosen >= 0, other=0.0)
+        weight += tl.load(opened.shares + at, mask=chosen >= 0, other=0.0)
+    tl.store(made.utility_gradients + at_branch, total, mask=inside)
+    tl.store(made.shares + at_branch, weight, mask=inside)
+    return total
 
 
 @triton.jit
@@ -339,15 +335,14 @@ def query_gradient_kernel(
     ends, inside = tile_ends(start, places, ROWS), row < places.rows
     lines = (queries, places, made, start, row, head)
     first_line = (head * SCALES).to(tl.int64) * places.rows + row
-    first_branch = (head * SHAPE.branches).to(tl.int64) * places.rows
+    first_branch = (head * SHAPE.branches).to(tl.int64) * places.rows + row
     norm = turn_tile(lines, document, lse, own_lse, first_line, SHAPE, HEADS)
     tl.debug_barrier()  # what one thread wrote, others read
     grad, delta = load_outputs(out, grad_out, places, made, start, row, head, SHAPE)
     unit = norm * (LOG2_E / (2 * SHAPE.half) ** 0.5)
     total = tl.zeros([HEADS * ROWS], tl.float32)  # gradient of a change of all utilities alike
     if SHAPE.blocks > 0:
-        total, share = opened_utilities(made.opened, head, group, row, inside, places, SHAPE)
-        store_utility(made, first_branch + row * SHAPE.branches + SCALES, total, share, inside)
+        total = opened_utilities(made, head, group, row, inside, first_branch + SCALES * places.rows, places, SHAPE)
     grad_query = tl.zeros([HEADS * ROWS, 2 * SHAPE.half], tl.float32)
     if SHAPE.one_turn:
         query = load_turned(made, head.to(tl.int64) * places.rows + row, inside, SHAPE)
@@ -375,6 +370,8 @@ def query_gradient_kernel(
             share = tl.where(sight[0] < sight[1], tl.exp2(offset + own), 0.0)
             grad_utility = share * (delta_here - delta)
         if SHAPE.utilities:
-            store_utility(made, first_branch + row * SHAPE.branches + scale, grad_utility, share, inside)
+            at_branch = first_branch + scale * places.rows
+            tl.store(made.utility_gradients + at_branch, grad_utility, mask=inside)
+            tl.store(made.shares + at_branch, share, mask=inside)
             total += grad_utility
     store_query_gradients(grad_query, norm, total, *lines, SHAPE, ROWS, HEADS)

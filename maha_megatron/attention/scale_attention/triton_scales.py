@@ -14,7 +14,6 @@ import torch
 
 import maha_megatron.attention.scale_attention.triton_joint as joint
 from maha_megatron.attention.scale_attention.triton_arguments import QueryGradients, Rows
-from maha_megatron.attention.scale_attention.triton_query_ends import begin_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_forward import attend_scales_kernel
 from maha_megatron.attention.scale_attention.triton_scales_query_gradient import scales_query_gradient_kernel
 from maha_megatron.attention.triton_launch import Launch
@@ -61,25 +60,20 @@ class Call(joint.Call):
         self.attention(self.prepared_keys(), outs, lses, utilities).run()
         return outs, lses, utilities
 
-    def query_gradients(self, keys, given: Given, made: QueryGradients) -> tuple[list[Launch], QueryGradients]:
+    def query_gradients(self, keys, given: Given, made: QueryGradients) -> Launch:
+        tiles = self.tuning.query_gradient
         outs, grad_outs = self.rows_of(given.outs), self.rows_of(given.grad_outs)
         of_rows = given._replace(outs=outs, grad_outs=grad_outs, grad_utilities=None)
-        by_groups = self._query_gradients_by_groups(keys, given.grad_outs, None, made)
-        if by_groups is not None:
-            begin, rest, made = by_groups
-            return [
-                self._by_rows(begin_scales_kernel, begin, self._queries(), self._places(), of_rows, made),
-                *rest,
-            ], made
-        tensors, tiles = (self._queries(), self._keys(keys), self._places(), of_rows, made), self.tuning.query_gradient
-        return [self._by_rows(scales_query_gradient_kernel, tiles, *tensors, KEYS=tiles.keys)], made
+        tensors = (self._queries(), self._keys(keys), self._places(), of_rows, made)
+        sizes = {"ROWS": tiles.rows, "HEADS": tiles.heads, "KEYS": tiles.keys}
+        return self._launch(scales_query_gradient_kernel, self._row_grid(tiles), tiles, *tensors, **sizes)
 
     def found_by_query_gradients(self, given: Given) -> QueryGradients:
         """As of the joint kernels, but gradients of utilities are given."""
         found = self.made_by_query_gradients()
         if given.grad_utilities is None:
             return found
-        utilities = given.grad_utilities.transpose(0, 1).contiguous()
+        utilities = given.grad_utilities.permute(1, 2, 0).contiguous()
         return found._replace(utility_gradients=utilities, shares=utilities)
 
     def backward(self, given: Given):
@@ -90,5 +84,5 @@ class Call(joint.Call):
         """Writes the latter four."""
         keys = self.prepared_keys()
         found = self.found_by_query_gradients(given)._replace(grad_q=joint.of_rows(grad_q))
-        found = joint.written(*self.query_gradients(keys, given, found))
+        self.query_gradients(keys, given, found).run()
         self._through_keys(keys, given.grad_outs, found, grad_keys, grad_values, sums)

@@ -4,7 +4,6 @@ Its times are in tools/results/attention_kernels_log_2026-11-27.md, those of war
 tune a card: `attend(..., tuning=Tuning(...))` of triton.py takes other tiles.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,21 +56,6 @@ class KeyGroupTiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryGroupTiles(GroupTiles):
-    """Tiles of the queries' gradients by warp groups (gluon_query_gradient.py): as of forward, whose tiles they share.
-
-    At most 3 stages of 128 channels are left beside two buffers of queries and of dO.
-
-    Args:
-        begin_rows, end_rows: of a tile of the kernel before, and of the one after, which sums up what each is to learn.
-    """
-
-    stages: int = 3
-    begin_rows: int = 32
-    end_rows: int = 256
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The tiles of all kernels of one call; `keys.keys` is the tile of key preparation, which has no rows.
 
@@ -82,7 +66,6 @@ class Tuning:
         groups: of the forward by warp groups, on Hopper cards; None: the portable kernels, with `forward`.
         key_groups: of the keys' gradients by warp groups, there, where `key_gradient.keys` is 64; None: the portable
             kernel, with `key_gradient`.
-        query_groups: of the queries' gradients by warp groups, there; None: the portable kernel, with `query_gradient`.
         span: the most rows that one program of the keys' gradients, of either kernel, goes over, about; more programs
             share a tile of keys beyond.
         programs: backward takes KV groups in portions, of which each has at least so many programs, or takes all.
@@ -100,12 +83,9 @@ class Tuning:
     programs: int = 2048
     groups: GroupTiles | None = None
     key_groups: KeyGroupTiles | None = None
-    query_groups: QueryGroupTiles | None = None
 
 
 _KERNELS = ("keys", "forward", "query_gradient", "key_gradient", "choice", "opened", "opened_gradient")
-
-_OF_QUERIES = tuple(field.name for field in dataclasses.fields(QueryGroupTiles))
 
 
 def numbers_of(tuning: Tuning) -> list[int]:
@@ -116,13 +96,11 @@ def numbers_of(tuning: Tuning) -> list[int]:
         numbers += [tiles.rows, tiles.keys, tiles.heads, tiles.warps, tiles.stages, tiles.registers or 0]
     of_groups = [0, 0] if tuning.groups is None else [tuning.groups.heads, tuning.groups.stages]
     of_keys = 0 if tuning.key_groups is None else tuning.key_groups.stages
-    of_queries = [0] * 4 if tuning.query_groups is None else [*dataclasses.astuple(tuning.query_groups)]
-    return [*numbers, tuning.run, tuning.span, tuning.programs, *of_groups, of_keys, *of_queries]
+    return [*numbers, tuning.run, tuning.span, tuning.programs, *of_groups, of_keys]
 
 
 def tuning_of(numbers: Sequence[int]) -> Tuning:
-    *of_tiles, run, span, programs = numbers[:-7]
-    heads_of_groups, stages_of_groups, stages_of_keys, *of_queries = numbers[-7:]
+    *of_tiles, run, span, programs, heads_of_groups, stages_of_groups, stages_of_keys = numbers
     kernels = []
     for at in range(0, len(of_tiles), 6):
         rows, keys, heads, warps, stages, registers = of_tiles[at : at + 6]
@@ -143,7 +121,6 @@ def tuning_of(numbers: Sequence[int]) -> Tuning:
         programs=programs,
         groups=GroupTiles(heads=heads_of_groups, stages=stages_of_groups) if heads_of_groups else None,
         key_groups=KeyGroupTiles(stages=stages_of_keys) if stages_of_keys else None,
-        query_groups=QueryGroupTiles(**dict(zip(_OF_QUERIES, of_queries, strict=True))) if of_queries[0] else None,
     )
 
 
@@ -155,7 +132,6 @@ _HOPPER = Tuning(
     span=2048,
     groups=GroupTiles(),
     key_groups=KeyGroupTiles(),
-    query_groups=QueryGroupTiles(),
 )
 # within the 99 KB of shared memory that a program has on the smallest cards of that age
 _ANY = Tuning(
