@@ -191,7 +191,7 @@ class Call:
         by_groups, tiles = _by_groups_if(self.tuning.key_groups), self.tuning.key_gradient
         if by_groups is None or self.spec.refine is not None or tiles.keys != GROUP_KEYS.value:
             return None
-        rows = grad_out.flatten(1, -2)
+        rows = grad_out.view(self.rows, -1, self.d)  # a head and scale is a head of its own where each has an output
         if by_groups.unserved(rows, self.values) is not None:
             return None
         arguments = dict(zip(key_gradient_kernel.arg_names, (*tensors, self._shape()), strict=False))
