@@ -36,6 +36,7 @@ class FullDisk(Exception):
 
 DOCUMENTS, KILLS = 1500, 3
 FULL_DOCUMENTS, FULL_KILLS = 120_000, 20
+STRAIGHT_S = 10.0  # of an undisturbed run in one process
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,13 @@ def test_killed_and_continued_gives_the_same_bytes(tmp_path: Path, model: str, m
 @pytest.mark.parametrize("more", [("--workers", 2), ("--workers", 2, "--partitions", 3)])
 def test_killed_twenty_times_gives_the_same_bytes(tmp_path: Path, model: str, more: tuple) -> None:
     corpus, straight = tmp_path / "odd.jsonl", tmp_path / "straight"
-    odd_corpus(corpus, FULL_DOCUMENTS)
-    write_inputs([corpus], straight, settings_for(model))
+    documents, elapsed_s = FULL_DOCUMENTS, 0.0
+    while elapsed_s < STRAIGHT_S:  # several times as long as from one commit to the next, on a fast machine too
+        odd_corpus(corpus, documents)
+        begun_s = time.monotonic()
+        write_inputs([corpus], straight, settings_for(model))
+        elapsed_s = time.monotonic() - begun_s
+        documents = int(documents * max(1.2 * STRAIGHT_S / elapsed_s, 1.0))
     vouched = kill_at_random(corpus, tmp_path / "p", model, straight, *more, kills=FULL_KILLS, longest_s=5.0, seed=2)
     assert len(vouched) == FULL_KILLS
     assert sum(documents > 0 for documents in vouched) >= 5  # there was something to continue
